@@ -54,7 +54,7 @@ PACKAGES = {
     "bench": package(EVERYTHING, "click rich matplotlib zmq torch vllm grafana_foundation_sdk"),
     "executor": package("core engine kv engine_request request instance wire"),
     "client": package("request wire config strict clock private", "zmq msgspec"),
-    "proc": package(EVERYTHING, "click httptools msgspec supervisor starlette uvicorn uvloop"),
+    "proc": package(EVERYTHING, "click httptools msgspec prometheus_client supervisor starlette uvicorn uvloop"),
     "cli": package(EVERYTHING, "click rich"),
     "__init__": package("client"),
 }
@@ -89,6 +89,7 @@ ONLY_IN = {
     "supervisor": ("proc/supervise",),
     "grafana_foundation_sdk": ("bench/dashboard",),
     **dict.fromkeys(("httptools", "starlette", "uvicorn", "uvloop"), ("proc/gateway",)),
+    "prometheus_client": ("proc/metrics", "proc/metrics_server", "proc/gateway/live"),
     "cupy": ("kv/cuda", "engine/vllm/"),
     "nixl": ("kv/nixl",),
     "tetri.config": ("client/place", "config/", "proc/", "cli/", "bench/"),

@@ -45,7 +45,8 @@ def _summary(config: Config, run_dir: Path) -> list[str]:
     roles = [worker.role for worker in config.workers]
     model = config.model.name if config.engine.kind == "vllm" else "an emulated model"
     counts = [f"{roles.count(role)} {role}" for role in ("prefill", "decode", "mixed") if role in roles]
-    http = [f"http     {url}/v1" for url in gateways.urls(run_dir).values()]
+    urls = [*gateways.urls(run_dir).values()]
+    http = [f"http     {url}/v1" for url in urls] + [f"page     {url}" for url in urls[:1]]
     workers = " and ".join(", ".join(counts).rsplit(", ", 1))
     return [
         f"up: {model} on {workers} workers",

@@ -59,6 +59,8 @@ class BrokerConfig:
     ready_s: float = number(30.0, 1, 86400)  # for so long a hand-over shows that its pair of instances carries KV
     # A request ends when so many workers were lost with it, the last one while it computed this request alone.
     max_deaths: int = number(3, 3, 1 << 20)
+    # Serve /metrics at this port of 127.0.0.1 too, for deployments without a gateway; 0: nowhere.
+    metrics_port: int = number(0, 0, 65535)
     cpus: str = _cpus()
 
 

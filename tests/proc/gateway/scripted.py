@@ -38,7 +38,7 @@ class Client:
 
 
 class Stream:
-    prompt_tokens = 3
+    prompt_tokens, rid = 3, "r1"
 
     def __init__(self, client, script):
         self.client, self.script = client, list(script)

@@ -24,7 +24,7 @@ class Tokens:
 
 
 def asking(body, headers=()):
-    found = Asking(body=json.dumps(body).encode(), headers=headers)
+    found = Asking(body=json.dumps(body).encode(), headers={"x-request-id": "42", **dict(headers)})
     found.scope["state"]["x-request-id"] = "42"
     return found
 
