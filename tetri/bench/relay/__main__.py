@@ -66,15 +66,19 @@ class Relay:
         address, read = (self.url, over_http) if http else (self.config.clients_address, over_zmq)
         found = read(address, streams, steps, lambda: begun.update(self._clocks()))
         used = {name: at - begun[name] for name, at in self._clocks().items()}
-        try:
-            sent = self.orders.recv()
-        except EOFError:
-            raise BenchError("the played workers have died") from None
+        sent = _answer(self.orders)
         shares = {name: used[name] / used["passed"] for name in self.pids}
         return measured(found, sent, streams, used["gateway" if http else "broker"])._replace(shares=shares)
 
     def _clocks(self) -> dict[str, float]:
         return {"passed": time.monotonic(), **{name: cpu_s(pid) for name, pid in self.pids.items()}}
+
+
+def _answer(orders: Connection) -> Any:
+    try:
+        return orders.recv()
+    except EOFError:
+        raise BenchError("the played workers have died") from None
 
 
 def measured(found: Sequence[Stream], sent: Sequence[float], streams: int, used_s: float) -> Phase:
@@ -106,6 +110,7 @@ def running(folder: Path, http: bool, instances: int = 1) -> Iterator[Relay]:
             programs[name] = _start(folder, name)
         url = _found(folder, lambda: _url(folder), programs) if http else ""
         _found(folder, lambda: "clients" if (folder / "clients").exists() else "", programs)
+        _answer(ours)  # all workers are registered
         yield Relay(config, {name: program.pid for name, program in programs.items()}, ours, url)
     finally:
         for program in programs.values():

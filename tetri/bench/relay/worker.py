@@ -27,7 +27,7 @@ from tetri.wire.messages import (
     TokenItem,
     Tokens,
 )
-from tetri.wire.observation import Activity, EngineStep
+from tetri.wire.observation import Activity, EngineStep, Transferred
 
 TOKEN = 97  # the letter a
 CAPACITY = Capacity(blocks=1 << 20, block_tokens=16, chunk_tokens=1 << 15, max_batch=1 << 14, context=1 << 13)
@@ -53,6 +53,11 @@ class PlayedWorker:
         )  # fmt: skip
         hub.bind_inbox(inbox, InboxMessage)
         hub.connect(BROKER, events)
+
+    @property
+    def registered(self) -> bool:
+        """Whether the broker has answered."""
+        return self._epoch > 0
 
     def turn(self, most_s: float) -> None:
         """Hear what has arrived, and send a heartbeat when it is time."""
@@ -88,7 +93,7 @@ class PlayedWorker:
         done, now = self._activity, time.monotonic()
         self._activity = Activity(
             steps=done.steps + 1, step_s=done.step_s + STEP_S, decode_steps=done.decode_steps + 1,
-            decode_tokens=done.decode_tokens + len(items),
+            decode_tokens=done.decode_tokens + len(items), received={"shm": Transferred(chunks=done.steps + 1)},
         )  # fmt: skip
         step = EngineStep(at=now, seconds=STEP_S, batch=len(items))
         self.hub.send(BROKER, Tokens(iid=self.iid, incarnation=1, items=items, step=step))
@@ -114,7 +119,7 @@ class PlayedWorkers:
     def serve(self, streams: int, steps: int, step_s: float) -> list[float]:
         """Take so many requests and send all their tokens, one of each every `step_s`. Returns when each step was sent.
         Raises TimeoutError."""
-        self._until(lambda: self.open() >= streams)
+        self.until(lambda: self.open() >= streams)
         begin, sent = time.monotonic() + LEAD_S, list[float]()
         for step in range(steps):
             while (left := begin + step * step_s - time.monotonic()) > 0:
@@ -123,10 +128,11 @@ class PlayedWorkers:
             for worker in self.workers:
                 if worker.rids:
                     worker.step(step, step == steps - 1)
-        self._until(lambda: not self.open())
+        self.until(lambda: not self.open())
         return sent
 
-    def _until(self, condition: Callable[[], bool]) -> None:
+    def until(self, condition: Callable[[], bool]) -> None:
+        """Take turns until then. Raises TimeoutError."""
         end = time.monotonic() + PATIENCE_S
         while not condition():
             self.turn(0.05)
@@ -135,11 +141,13 @@ class PlayedWorkers:
 
 
 def play(events: str, inboxes: dict[str, str], orders: Connection) -> None:
-    """Play the workers at these inboxes. Serve what the other process orders, (streams, steps, seconds a step),
-    until it orders nothing more: None."""
+    """Play the workers at these inboxes. Tell the other process when all are registered: None. Then serve what it
+    orders, (streams, steps, seconds a step), until it orders nothing more: None."""
     with ExitStack() as stack:
         hubs = {iid: stack.enter_context(closing(Hub())) for iid in inboxes}
         workers = PlayedWorkers([PlayedWorker(hub, iid, events, inboxes[iid]) for iid, hub in hubs.items()])
+        workers.until(lambda: all(worker.registered for worker in workers.workers))
+        orders.send(None)
         while True:
             while not orders.poll():
                 workers.turn(0.02)
