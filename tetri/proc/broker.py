@@ -236,6 +236,7 @@ def limits(config: Config) -> Limits:
         vocabulary=vocabulary,
         max_open=config.broker.max_open,
         max_mib=config.broker.max_mib,
+        timelines_mib=config.broker.timelines_mib,
         heartbeat_s=config.cluster.heartbeat_s,
         dead_s=config.cluster.dead_s,
         patience_s=config.cluster.patience_s,

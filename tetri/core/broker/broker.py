@@ -29,7 +29,7 @@ from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.request import Sampling
+from tetri.request import Sampling, choice_id
 from tetri.wire.clients import (
     Attach,
     Cancel,
@@ -67,7 +67,7 @@ class Broker:
         """`epoch` identifies this start of the broker. `cost` and `chunk_tokens` predict the prefill time of a prompt,
         the same for every instance. `now` is in seconds, as in all methods."""
         self.limits, self.model = limits, model
-        self.observer = Observer(epoch)
+        self.observer = Observer(epoch, limits.timelines_mib)
         self.table = Table(self.observer.moved)
         self.members = Members(epoch)
         self.delivery = Delivery(self.table, limits, rng, self.observer)
@@ -218,7 +218,7 @@ class Broker:
             actions += self.lifecycle.place_waiting(now)
         match event:
             case Tokens():
-                actions += self.lifecycle.tokens(event, now)
+                actions += self.lifecycle.tokens(event, member, now)
             case Heartbeat() | Staged() | LoneStep() if member.lost is not None:
                 pass  # without a connection, the loss of this worker would not be detected a second time
             case Heartbeat():
@@ -227,6 +227,7 @@ class Broker:
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 member.unread_by, member.step_ratio = event.unread_by, event.step_ratio
                 member.activity = event.activity
+                self.observer.traced(event, member, self.table.choices, now)
                 self.pair_checks.unread(event.iid, event.unread_by)
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
@@ -302,7 +303,7 @@ class Broker:
             answer = self.observer.observation(self.status(now), message.epoch, message.since, now)
             return [Reply(event.client, answer)]
         if isinstance(message, Explain):
-            return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
+            return [self._explain(event.client, message, now)]
         if isinstance(message, CheckReadiness):
             return self.pair_checks.ask(event.client, now)
         if isinstance(message, ChangeRole):
@@ -319,6 +320,14 @@ class Broker:
             request.watchers.append(event.client)
         replies = [Reply(event.client, done) for done in ended]
         return [*replies, *self.lifecycle.end_all(request.choices, "cancelled", now)]
+
+    def _explain(self, client: bytes, asked: Explain, now: float) -> Reply:
+        """The answer to an Explain. It may name the request by its key, as long as the key is known."""
+        name = choice_id(self.table.keys.get(asked.rid, asked.rid), asked.choice)
+        found = self.observer.timeline(name, self.table.choices.get(name), now)
+        if found is None:
+            return refuse(client, asked.rid, f"nothing is known here of choice {asked.choice} of request {asked.rid}")
+        return Reply(client, found)
 
     def _attach(self, client: bytes, message: Attach, request: Request, now: float) -> list[Action]:
         if message.choice >= len(request.choices):
@@ -356,6 +365,7 @@ class Broker:
                     return []
                 self.timers.clear(("grace", request.rid))
                 self.delivery.connections.leave(request)
+                self.observer.forgotten(request, now)
                 self.table.forget(request.rid)
                 return []
             case "grace":

@@ -37,6 +37,7 @@ class Limits:
     patience_s: float = 60.0
     client_grace_s: float = 5.0
     retry_s: float = 0.05  # first wait before sending again to a client whose queue was full
+    timelines_mib: int = 64  # of memory for timelines of ended choices; those of open ones take at most as much again
     ready_s: float = 30.0  # for so long a hand-over shows that its pair of instances carries KV (readiness.py)
     quiet_s: float = 1.0  # a client with open requests hears something at least this often
 
@@ -105,6 +106,7 @@ class Delivery:
             content=event.content,
         )
         request.choices = [Choice(request, index, sampling.for_choice(index)) for index in range(event.n)]
+        self.observer.accepted(request)
         self.table.add(request, now)
         self.connections.stream(request, event.client, now)
         return request, [Reply(event.client, _accepted(request))]

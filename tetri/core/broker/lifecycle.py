@@ -91,7 +91,7 @@ class Lifecycle:
         if iid in self.breaker.failing:
             self._probes += 1
             self.breaker.probe(iid, self._probes)
-        self.observer.placed(len(choices), allowed.queued_s[column])
+        self.observer.placed(choices, allowed.queued_s[column])
         share_ns = max(1, round(1e9 * work_s / len(choices)))
         for choice in choices:
             self.table.assign(choice, iid, share_ns, now)
@@ -150,8 +150,8 @@ class Lifecycle:
                 actions += self.end(choice, "error", now, given_up)
                 continue
             self.counters["restarts"] += 1
-            self.observer.retried(reason)
             self.table.start_over(choice, now)
+            self.observer.retried(choice, reason, why, now)
             again.append(choice)
         return [*actions, *self._place_all(again, now)]
 
@@ -265,6 +265,7 @@ class Lifecycle:
                     self.breaker.succeeded(choice.prefill)
                     self.observer.happened("healed", choice.prefill, f"{iid} has read its KV", now)
                 self.table.hand_over(choice, iid)
+                self.observer.decodes(choice, iid, now)
                 if choice.prefill is not None:
                     self.pair_checks.carried(choice.prefill, iid, now)
                 if choice.prefill not in (None, iid):
@@ -305,10 +306,10 @@ class Lifecycle:
 
     # ------------------------------------------------------------ what workers report
 
-    def tokens(self, event: Tokens, now: float) -> list[Action]:
+    def tokens(self, event: Tokens, member: Member, now: float) -> list[Action]:
         """Add the output tokens of an engine step to their choices."""
         actions: list[Action] = []
-        step = self.observer.step(now)
+        step = self.observer.step(event, member, now)
         for item in event.items:
             self._add(item, event.iid, step, now, actions)
         step.close()

@@ -3,19 +3,26 @@ other parts tell it; none of them asks it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from tetri.core.broker.history import History
 from tetri.core.broker.measures import Buckets, Meters
-from tetri.core.broker.requests import Choice
+from tetri.core.broker.membership import Member
+from tetri.core.broker.requests import Choice, Request
+from tetri.core.broker.timelines import Timelines
 from tetri.wire.clients import Done, Observation, Status
+from tetri.wire.kept import pack_step
+from tetri.wire.messages import Heartbeat, Tokens
+from tetri.wire.observation import EngineStep, StepSpan, Timeline
 
 
 class Observer:
     """Takes note of what happens to choices and instances. Times are in seconds."""
 
-    def __init__(self, epoch: int) -> None:
-        """`epoch`: of this start of the broker."""
+    def __init__(self, epoch: int, timelines_mib: int) -> None:
+        """`epoch`: of this start of the broker. `timelines_mib`: memory for the timelines of ended choices."""
         self.epoch = epoch
-        self.meters, self.history = Meters(), History()
+        self.meters, self.history, self.timelines = Meters(), History(), Timelines(timelines_mib << 20)
 
     # ------------------------------------------------------------ choices
 
@@ -23,22 +30,41 @@ class Observer:
         """A Submit was refused, for one of the reasons of `requests_refused`."""
         self.meters.count("requests_refused", reason)
 
+    def accepted(self, request: Request) -> None:
+        """A request is about to enter the table."""
+        for choice in request.choices:
+            self.timelines.open(choice)
+
     def moved(self, choice: Choice, now: float) -> None:
         """A choice has entered a stage, or has got another holder."""
+        self.timelines.moved(choice, now)
         holder = None if choice.stage.ended else choice.holder
         self.history.moved(choice.id, choice.stage, holder or "", choice.attempt, len(choice.output), now)
 
-    def placed(self, choices: int, queued_s: float) -> None:
-        """So many choices were assigned to an instance with `queued_s` seconds of predicted prefill work."""
-        self.meters.histograms["queue_predicted"].add(queued_s, choices)
+    def placed(self, choices: Sequence[Choice], queued_s: float) -> None:
+        """Choices that share a prefill were assigned to an instance with `queued_s` seconds of predicted prefill
+        work."""
+        self.meters.histograms["queue_predicted"].add(queued_s, len(choices))
+        self.timelines.shared(choices)
 
-    def retried(self, reason: str) -> None:
-        """Another attempt begins, for one of the reasons of `retries`."""
+    def retried(self, choice: Choice, reason: str, why: str, now: float) -> None:
+        """Another attempt has begun, for one of the reasons of `retries`."""
         self.meters.count("retries", reason)
+        self.timelines.own(choice, "retry", now, note=why)
 
-    def step(self, now: float) -> StepTokens:
+    def decodes(self, choice: Choice, iid: str, now: float) -> None:
+        """All KV of a choice has landed at the instance that decodes it from now on."""
+        self.timelines.decodes(choice, iid, now)
+
+    def step(self, event: Tokens, member: Member, now: float) -> StepTokens:
         """The tokens of an engine step have come. Call `wrote` for each choice, then `close`."""
-        return StepTokens(self.meters.histograms["itl"], now)
+        step = event.step
+        offset = 0.0 if step is None else member.clock.seen(step.at, now)
+        return StepTokens(self.meters.histograms["itl"], now, event.iid, step, offset)
+
+    def traced(self, event: Heartbeat, member: Member, choices: Mapping[str, Choice], now: float) -> None:
+        """A worker has traced what has happened to choices."""
+        self.timelines.traced(event.traced, event.iid, member.clock.seen(event.at, now), choices)
 
     def ended(self, choice: Choice, done: Done, now: float) -> None:
         """A choice has ended."""
@@ -47,6 +73,11 @@ class Observer:
             tpot_s = (choice.last_at - choice.first_at) / (outputs - 1)
         self.meters.ended(done, tpot_s)
         self.history.ended(choice.id, done, tpot_s, choice.prefill or "", choice.decode or "", now)
+
+    def forgotten(self, request: Request, now: float) -> None:
+        """An ended request is about to leave the table."""
+        for choice in request.choices:
+            self.timelines.keep(choice, now)
 
     # ------------------------------------------------------------ instances
 
@@ -60,6 +91,11 @@ class Observer:
         self.happened("role", iid, f"{was} > {role} in {took_s:.2f} s", now)
 
     # ------------------------------------------------------------ the answers
+
+    def timeline(self, name: str, choice: Choice | None, now: float) -> Timeline | None:
+        """The timeline of the choice with the id `name`; `choice` is None if it is not in the table. None if nothing is
+        known of it."""
+        return self.timelines.timeline(name, choice, now)
 
     def observation(self, status: Status, epoch: int, since: int, now: float) -> Observation:
         """The answer to an Observe. After a restart of the broker `since` has no meaning here: all is told."""
@@ -77,19 +113,26 @@ class Observer:
 
 
 class StepTokens:
-    """The output tokens of one engine step, as they reach the broker: the time since the token before is the same for
-    most of them, so it is counted once. Runs for every token of every request."""
+    """The output tokens of one engine step, as they reach the broker. What most choices have in common is made once:
+    the bytes of the step, and the time since the token before. Runs for every token of every request."""
 
-    __slots__ = ("_itl", "_now", "_since", "_times")
+    __slots__ = ("_iid", "_itl", "_now", "_offset", "_packed", "_since", "_step", "_times")
 
-    def __init__(self, itl: Buckets, now: float) -> None:
-        self._itl, self._now = itl, now
+    def __init__(self, itl: Buckets, now: float, iid: str, step: EngineStep | None, offset: float) -> None:
+        """`offset`: by which the broker's clock is ahead of that of the step."""
+        self._itl, self._now, self._iid, self._step, self._offset = itl, now, iid, step, offset
         self._since, self._times = now, 0  # of the last tokens, and how many there were in a row
+        self._packed = None if step is None else self._pack(step, 1)
 
     def wrote(self, choice: Choice, tokens: int) -> None:
         """The choice has got so many new tokens. Those that come together share the time evenly."""
         since, now = choice.last_at, self._now
         choice.last_at = now
+        if (trace := choice.trace) is not None and (packed := self._packed) is not None:
+            if tokens != 1:
+                assert self._step is not None
+                packed = self._pack(self._step, tokens)
+            trace.add_step(packed)
         if since == self._since and tokens == 1:  # the usual case, fast
             self._times += 1
         elif since is None:
@@ -106,3 +149,8 @@ class StepTokens:
         if self._times:
             self._itl.add(self._now - self._since, self._times)
             self._times = 0
+
+    def _pack(self, step: EngineStep, tokens: int) -> bytes:
+        start = step.at - step.seconds + self._offset
+        span = StepSpan(start, step.seconds, self._iid, tokens, step.batch, step.chunk_tokens, step.passes)
+        return pack_step(span)

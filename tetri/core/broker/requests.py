@@ -12,6 +12,7 @@ from hmac import compare_digest
 from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
+from tetri.core.broker.trace import Trace
 from tetri.request import AskedSampling, Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
 from tetri.wire.messages import End
 
@@ -114,6 +115,7 @@ class Choice:
     outbox: Outbox = field(init=False)
     first_at: float | None = None  # when the first token came
     last_at: float | None = None  # when the last one came
+    trace: Trace | None = None  # what is kept of how it is served; None: there was no space for it
     spent: dict[Stage, float] = field(default_factory=dict)
     end: End | None = None  # as its worker reported with the last token
     reason: str | None = None  # end reason; set while the last text is still being detokenized

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 import tetri
-from tetri.proc.gateway.history import IDLE, History, Point
+from tetri.proc.gateway.history import IDLE, History, Rates
 
 MOST_MOVES, MOST_ENDED, MOST_EVENTS = 512, 256, 256
 _encode = msgspec.json.encode
@@ -47,8 +48,16 @@ class Recent:
         self._kept.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a watcher has seen: all up to a serial, and so many points."""
+
+    serial: int
+    points: int
+
+
 class Frames:
-    """The newest message, for each who watches, by the serial of what they have seen last."""
+    """The newest message, for each who watches, by what they have seen."""
 
     def __init__(self, history: History) -> None:
         self._history = history
@@ -58,9 +67,9 @@ class Frames:
         self._status: Mapping[str, Any] = _NOTHING
         self._now = 0.0
         self._head = b""
-        self._encoded: dict[int | None, bytes] = {}
+        self._encoded: dict[Seen | None, bytes] = {}
 
-    def observed(self, observation: Mapping[str, Any], point: Point | None, now: float, at: float) -> None:
+    def observed(self, observation: Mapping[str, Any], now: float, at: float) -> None:
         """The broker has answered. `now`: seconds of any clock that does not jump; `at`: Unix time."""
         if observation["epoch"] != self._epoch:  # it has started again: nobody knows those requests any more
             self._moves.clear()
@@ -70,19 +79,19 @@ class Frames:
         for recent, name in ((self._moves, "moves"), (self._ended, "ended"), (self._events, "events")):
             serial = recent.add(observation[name], serial, now)
         self._serial = serial
-        self._begin(self._status["notes"], point, now, at)
+        self._begin(self._status["notes"], now, at)
 
     def missed(self, why: str, now: float, at: float) -> None:
         """The broker has not answered: show what is known, and say so."""
-        self._begin([why, *self._status["notes"]], None, now, at)
+        self._begin([why, *self._status["notes"]], now, at)
 
-    def of(self, serial: int | None) -> tuple[bytes, int]:
-        """The newest message for one who has seen all up to `serial` (None: nothing), and the serial after it."""
-        if (data := self._encoded.get(serial)) is None:
-            data = self._encoded[serial] = self._encode(serial)
-        return data, self._serial
+    def of(self, seen: Seen | None) -> tuple[bytes, Seen]:
+        """The newest message for one who has seen this (None: nothing), and what they have seen after it."""
+        if (data := self._encoded.get(seen)) is None:
+            data = self._encoded[seen] = self._encode(seen)
+        return data, Seen(self._serial, self._history.added)
 
-    def _begin(self, notes: list[str], point: Point | None, now: float, at: float) -> None:
+    def _begin(self, notes: list[str], now: float, at: float) -> None:
         status, rates = self._status, self._history.rates
         head = {
             "epoch": self._epoch,
@@ -91,26 +100,26 @@ class Frames:
             **{name: status[name] for name in ("model", "monitor", "requests")},
             "notes": notes,
             "instances": [_instance(each, rates.get(each["iid"], IDLE)) for each in status["instances"]],
-            "point": point,
         }
         self._now, self._head = now, _encode(head)[:-1]
         self._encoded.clear()
 
-    def _encode(self, serial: int | None) -> bytes:
-        after = serial or 0
+    def _encode(self, seen: Seen | None) -> bytes:
+        after, points = seen.serial if seen else 0, self._history.points
         found: dict[str, Any] = {
             "moves": self._moves.since(after, self._now),
             "ended": self._ended.since(after, self._now),
             "events": self._events.since(after, self._now),
         }
-        if serial is None:
-            found |= {"missed": 0, "history": [*self._history.points]}
-        else:
-            found["missed"] = self._serial - serial - sum(map(len, found.values()))
+        found["missed"] = self._serial - after - sum(map(len, found.values())) if seen else 0
+        new = points and (seen is None or seen.points < self._history.added)
+        found["point"] = points[-1] if new else None
+        if seen is None:
+            found["history"] = [*points]
         return b"data: %b,%b\n\n" % (self._head, _encode(found)[1:])
 
 
-def _instance(each: Mapping[str, Any], did: Any) -> dict[str, Any]:
+def _instance(each: Mapping[str, Any], did: Rates) -> dict[str, Any]:
     load = each["load"]
     return {
         **{name: each[name] for name in ("iid", "role", "state", "note", "blocks")},

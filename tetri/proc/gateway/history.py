@@ -52,9 +52,10 @@ IDLE = Rates()
 
 
 class History:
-    """The points of the last minutes. `rates`: of each instance."""
+    """The points of the last minutes; `added`: how many there ever were. `rates`: of each instance."""
 
     def __init__(self) -> None:
+        self.added = 0
         self.points: deque[Point] = deque(maxlen=KEPT)
         self.rates: dict[str, Rates] = {}
         self._instances: dict[str, deque[InstancePoint]] = {}
@@ -65,9 +66,9 @@ class History:
         """The points of an instance, oldest first. None: it has none."""
         return self._instances.get(iid)
 
-    def advance(self, observation: Mapping[str, Any], now: float, at: float) -> Point | None:
-        """Add what has happened since the last call; return the point. None: there is nothing to compare with, since
-        the broker has started again. `now`: seconds of any clock that does not jump; `at`: Unix time."""
+    def advance(self, observation: Mapping[str, Any], now: float, at: float) -> None:
+        """Add what has happened since the last call, unless the broker has started again. `now`: seconds of any clock
+        that does not jump; `at`: Unix time."""
         before, seconds = self._before, now - self._now
         self._before, self._now = observation, now
         if before is not None and (before["epoch"] != observation["epoch"] or seconds <= 0):
@@ -79,12 +80,10 @@ class History:
             points = self._instances.setdefault(each["iid"], deque(maxlen=KEPT))
             points.append(_instance_point(each, self.rates[each["iid"]], at))
         self._instances = {iid: points for iid, points in self._instances.items() if points[-1].at > at - KEPT}
-        if before is None:
-            return None
-        tokens = sum(each.decode_tokens for each in self.rates.values())
-        point = _point(before["measures"], observation["measures"], tokens, seconds, at)
-        self.points.append(point)
-        return point
+        if before is not None:
+            tokens = sum(each.decode_tokens for each in self.rates.values())
+            self.points.append(_point(before["measures"], observation["measures"], tokens, seconds, at))
+            self.added += 1
 
 
 def rates(before: Mapping[str, Any] | None, after: Mapping[str, Any], seconds: float) -> Rates:

@@ -77,17 +77,18 @@ class Stream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         with self._observatory.watching():
             await send({"type": "http.response.start", "status": 200, "headers": [*EVENTS]})
-            await while_connected(receive, self._send(send))
+            if scope["method"] == "GET":  # not HEAD
+                await while_connected(receive, self._frames(send))
+            await send({"type": "http.response.body", "body": b""})
 
-    async def _send(self, send: Send) -> None:
-        serial, turn = None, 0
+    async def _frames(self, send: Send) -> None:
+        seen, turn = None, 0
         while True:
             await self._observatory.later(turn)
             if self._observatory.closed:
                 break
-            data, serial, turn = self._observatory.frame(serial)
+            data, seen, turn = self._observatory.frame(seen)
             await send({"type": "http.response.body", "body": data, "more_body": True})
-        await send({"type": "http.response.body", "body": b""})
 
 
 def _json(value: Any) -> Response:

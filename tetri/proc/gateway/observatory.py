@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from typing import Any
 
 from tetri.client import AsyncClient, TetriError
-from tetri.proc.gateway.frames import Frames
+from tetri.proc.gateway.frames import Frames, Seen
 from tetri.proc.gateway.history import History
 from tetri.wire.openai import ApiError
 
@@ -44,9 +44,9 @@ class Observatory:
         finally:
             self._watchers -= 1
 
-    def frame(self, serial: int | None) -> tuple[bytes, int, int]:
-        """The newest message for a watcher who has seen all up to `serial`; the next serial; what to give `later`."""
-        return *self._frames.of(serial), self._turn
+    def frame(self, seen: Seen | None) -> tuple[bytes, Seen, int]:
+        """The newest message for a watcher who has seen this, what they have seen after it, and what `later` needs."""
+        return *self._frames.of(seen), self._turn
 
     async def later(self, turn: int) -> None:
         """Wait until there is a newer message, or the end."""
@@ -86,13 +86,13 @@ class Observatory:
             self._away(f"the broker does not answer: {error}")
 
     def _observed(self, observation: Mapping[str, Any]) -> None:
-        now, at, point = time.monotonic(), time.time(), None
+        now, at = time.monotonic(), time.time()
         self.observation = observation
         self._last = {"epoch": observation["epoch"], "since": observation["serial"]}
         if now >= self._point_due - WATCHED_S / 2:  # the nearest question to it
             self._point_due = max(self._point_due, now - WATCHED_S) + POINT_S
-            point = self.history.advance(observation, now, at)
-        self._frames.observed(observation, point, now, at)
+            self.history.advance(observation, now, at)
+        self._frames.observed(observation, now, at)
         self._tell()
 
     def _away(self, why: str) -> None:
