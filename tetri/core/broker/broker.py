@@ -365,7 +365,7 @@ class Broker:
                     return []
                 self.timers.clear(("grace", request.rid))
                 self.delivery.connections.leave(request)
-                self.observer.forgotten(request, now)
+                self.observer.forgotten(request)
                 self.table.forget(request.rid)
                 return []
             case "grace":

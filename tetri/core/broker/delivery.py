@@ -136,10 +136,10 @@ class Delivery:
                     self.connections.full(choice, now)
         return self.connections.gone(event.client) if event.gone else []
 
-    def detokenize(self, choice: Choice, *, final: bool) -> list[Action]:
+    def detokenize(self, choice: Choice, *, final: bool) -> Detokenize:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, choice.asked = choice.asked, len(choice.output)
-        return [Detokenize(choice.id, start, tuple(choice.output[start:]), final, choice.sampling)]
+        return Detokenize(choice.id, start, tuple(choice.output[start:]), final, choice.sampling)
 
     def detokenized(self, choice: Choice, event: Detokenized, now: float) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the choice; tokens after the stop text
