@@ -36,6 +36,12 @@ class Case(NamedTuple):
 
 CASES = {
     "TetriNotScraped": Case({"up": "0x120"}, "The gateway h:8000 does not answer", {}, [{"up": "1x120"}]),
+    "TetriBrokerDown": Case(
+        {"tetri_broker_up": "0x120"},
+        "The broker does not answer the gateway h:8000",
+        {},
+        [{"tetri_broker_up": "1x120"}],
+    ),
     "TetriNothingServed": Case(
         {'tetri_requests_open{stage="queued"}': "2x120", 'tetri_chunk_tokens_total{iid="p0"}': "90x120"},
         "2 requests are open and nothing is computed",
@@ -159,7 +165,7 @@ def test_each_alert_is_tried():
 @pytest.mark.parametrize("alert", RULES)
 def test_an_alert_uses_documented_metrics_and_says_what_to_do(alert):
     assert list(documented.problems(RULES[alert]["expr"], documented.series())) == []
-    assert RULES[alert]["annotations"].keys() == {"summary", "description", "action"}
+    assert RULES[alert]["annotations"].keys() == {"summary", "description", "action", "runbook"}
     assert RULES[alert]["labels"]["severity"] in ("critical", "warning", "info")
 
 
