@@ -1,5 +1,5 @@
-"""Every command in README.md and docs/ is run as it stands there: on emulated engines, beside a deployment of the tests'
-own. What needs a model, minutes or another program is parsed, and RULES names the test that runs it."""
+"""Every command in README.md and docs/ is run as it stands there: on emulated engines, beside other deployments. What
+needs a model, minutes or another program is parsed, and RULES names the test that runs it."""
 
 import importlib
 import json
