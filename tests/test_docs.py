@@ -39,6 +39,28 @@ def test_every_path_that_a_page_names_exists(page):
     assert missing - EXAMPLES == set()
 
 
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)|runbook: (\S+?)#([\w-]+)")
+
+
+def anchors(page):
+    """The names of the headings of a page, as they stand in links."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "conf" / "alerts.yml"], ids=lambda page: page.name)
+def test_every_link_leads_somewhere(page):
+    dead = []
+    for path, anchor, runbook, there in LINK.findall(page.read_text(encoding="utf-8")):
+        if path.startswith(("http:", "https:")):
+            continue
+        target = ROOT / runbook if runbook else page.parent / path if path else page
+        anchor = anchor or there
+        if not target.exists() or (anchor and anchor not in anchors(target)):
+            dead.append(f"{path or runbook}#{anchor}")
+    assert dead == []
+
+
 def test_paths_are_found_and_a_missing_one_is_noticed():
     text = "See `core/broker/lost.py`, tools/parity, chunk.py, `gone.py` and tests/sim; TTFT/JCT is a ratio."
     assert list(named(text)) == ["core/broker/lost.py", "tools/parity", "chunk.py", "gone.py", "tests/sim"]

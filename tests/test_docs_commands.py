@@ -50,9 +50,9 @@ RULES = [
     (r"bin/tetri-cli up .*predictor.folder=", PARSED, "tests/proc/test_predictor.py"),
     (r"(XDG_RUNTIME_DIR=\S+ )?bin/tetri-cli (up|down)\b", STARTED, ""),
     (r"bin/tetri-cli end RID", ENDED, ""),
-    (r"(bin/)?tetri-cli sim run ", RUN, ""),
-    (r"(bin/)?tetri-cli sim paper", PARSED, "tests/cli/test_sim_paper.py"),
-    (r"(bin/)?tetri-cli profile ", PARSED, "tests/cli/test_profile.py"),
+    (r"bin/tetri-cli sim run ", RUN, ""),
+    (r"bin/tetri-cli sim paper", PARSED, "tests/cli/test_sim_paper.py"),
+    (r"bin/tetri-cli profile ", PARSED, "tests/cli/test_profile.py"),
     (r"bin/tetri-cli predictor collect ", PARSED, "tests/cli/test_predictor_collect.py"),
     (r"bin/tetri-cli predictor (train|eval) ", PARSED, "tests/cli/test_predictor_eval.py"),
     (r"tools/bench_transfer", PARSED, "tests/bench/test_transfer.py"),
@@ -92,7 +92,7 @@ def found():
         for block in blocks(page):
             if not block.language and page.name != "extending.md":
                 for command in commands(block.text):
-                    seen.setdefault(command, page.name)
+                    seen.setdefault(re.sub("^tetri-cli", "bin/tetri-cli", command), page.name)
     return [(page, command) for command, page in seen.items()]
 
 
@@ -140,7 +140,6 @@ class Place:
         command = re.sub(r"\bRID\b", self.ended, command)
         command = re.sub(r"/tmp/tetri-(green|blue)", f"{self.folder}/run", command)
         command = re.sub(r"--requests \d+", "--requests 20", command.replace("/etc/prometheus", f"{self.folder}/etc"))
-        command = re.sub(r"^tetri-cli", "bin/tetri-cli", command)
         if command.startswith("bin/tetri-gateway"):
             command = f"timeout --preserve-status -s TERM 1.5 {command}"  # it stays
         done = subprocess.run(
