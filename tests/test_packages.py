@@ -54,8 +54,8 @@ PACKAGES = {
     "bench": package(EVERYTHING, "click rich matplotlib zmq torch vllm"),
     "executor": package("core engine kv engine_request request instance wire"),
     "client": package("request wire config strict clock private", "zmq msgspec"),
-    "proc": package(EVERYTHING, "click httptools msgspec supervisor starlette uvicorn uvloop"),
-    "cli": package(EVERYTHING, "click rich"),
+    "proc": package(EVERYTHING, "click httptools msgspec prometheus_client supervisor starlette uvicorn uvloop"),
+    "cli": package(EVERYTHING, "click rich msgspec"),  # a command reads what the broker answers as its records
     "__init__": package("client"),
 }
 # Inside a package -> what of the same package it may import besides itself. Prefill and decode know nothing of each
@@ -88,6 +88,7 @@ ONLY_IN = {
     "gguf": ("models",),
     "supervisor": ("proc/supervise",),
     **dict.fromkeys(("httptools", "starlette", "uvicorn", "uvloop"), ("proc/gateway",)),
+    "prometheus_client": ("proc/metrics", "proc/metrics_server", "proc/gateway/live"),
     "cupy": ("kv/cuda", "engine/vllm/"),
     "nixl": ("kv/nixl",),
     "tetri.config": ("client/place", "config/", "proc/", "cli/", "bench/"),
@@ -217,6 +218,8 @@ TESTED_ELSEWHERE = {
     "wire/clients": "wire/test_messages.py",
     "wire/events": "net/test_hub.py",
     "wire/handover": "wire/test_messages.py",
+    "wire/load": "wire/test_messages.py",
+    "wire/observation": "wire/test_messages.py",
     "proc/supervise": "proc/test_launch.py",
     "cli/predictor_scores": "cli/test_predictor_eval.py",
     "cli/predictor_train": "cli/test_predictor_eval.py",

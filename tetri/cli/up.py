@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import terminal
-from tetri.cli.options import Overrides, deployment_options, seconds_option
+from tetri.cli.options import Overrides, deployment_options, examples, seconds_option
 
 if TYPE_CHECKING:
     from tetri.config import Config
 
 
-@click.command("up")
+@click.command(
+    "up",
+    epilog=examples(
+        "tetri-cli up",
+        "tetri-cli up --conf conf/emulated.toml --set gateway.port=0   # needs no model",
+    ),
+)
 @deployment_options
 @seconds_option("--wait", "wait_s", default=600.0, help="Give up when the deployment is not ready in time.")
 @click.option("--foreground", is_flag=True, help="Stay, print all logs, and stop the deployment on SIGTERM or Ctrl-C.")
@@ -45,7 +51,8 @@ def _summary(config: Config, run_dir: Path) -> list[str]:
     roles = [worker.role for worker in config.workers]
     model = config.model.name if config.engine.kind == "vllm" else "an emulated model"
     counts = [f"{roles.count(role)} {role}" for role in ("prefill", "decode", "mixed") if role in roles]
-    http = [f"http     {url}/v1" for url in gateways.urls(run_dir).values()]
+    urls = [*gateways.urls(run_dir).values()]
+    http = [f"http     {url}/v1" for url in urls] + [f"page     {url}" for url in urls[:1]]
     workers = " and ".join(", ".join(counts).rsplit(", ", 1))
     return [
         f"up: {model} on {workers} workers",

@@ -53,12 +53,17 @@ class BrokerConfig:
     # Memory for all requests: each takes 4 KiB, 8 bytes a token of its prompt and 24 for each that it may generate; a
     # further choice 2 KiB and its output. A token with a log probability takes 28 more, and 13 for each likely token.
     max_mib: int = number(1024, 1, 1 << 24)
+    # Memory for the timelines of ended choices (tetri-cli explain); 0: none is kept. Those of open choices take at most
+    # as much again. Neither is part of max_mib.
+    timelines_mib: int = number(64, 0, 1 << 20)
     text_mib: int = number(32, 1, 1 << 20)  # texts that wait to be tokenised; one client's fill at most half of it
     max_clients: int = number(1024, 1, 1 << 20)  # connections; further ones wait until others close
     client_grace_s: float = number(5.0, 0, 3600)
     ready_s: float = number(30.0, 1, 86400)  # for so long a hand-over shows that its pair of instances carries KV
     # A request ends when so many workers were lost with it, the last one while it computed this request alone.
     max_deaths: int = number(3, 3, 1 << 20)
+    # Serve /metrics at this port of 127.0.0.1 too, for deployments without a gateway; 0: nowhere.
+    metrics_port: int = number(0, 0, 65535)
     cpus: str = _cpus()
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 
@@ -30,7 +31,7 @@ from tetri.core.actions import (
     Undelivered,
 )
 from tetri.core.broker.broker import Broker
-from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Limits
+from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Limits, Problem
 from tetri.core.broker.requests import needed_bytes
 from tetri.net.hub import Hub
 from tetri.net.loop import run
@@ -38,12 +39,12 @@ from tetri.proc import build
 from tetri.proc.cheap_checks import submit_problem
 from tetri.proc.cpus import pin
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import completed, of_config, of_tokenizer
+from tetri.proc.notes import completed, of_config, of_tokenizer, with_refused
 from tetri.proc.recorder import BrokerStart, full_records, recorded
 from tetri.proc.submission import content, submitted
 from tetri.proc.texts import Texts, Tokenised, command
 from tetri.text import Stopper, Tokenizer
-from tetri.wire.clients import Cancel, ClientMessage, OperatorMessage, Refused, Status, Submit
+from tetri.wire.clients import Cancel, ClientMessage, Observation, OperatorMessage, Refused, Status, Submit
 from tetri.wire.events import Arrived
 from tetri.wire.messages import ClusterView, WorkerEvent
 
@@ -58,6 +59,7 @@ class ActionExecutor:
         limits = core.limits
         self.clock = Clock.patient(limits.dead_s, limits.patience_s, limits.client_grace_s)
         self.notes: Callable[[], list[str]] = list  # degraded modes of which the core does not know
+        self.refused: Counter[str] = Counter()  # Submits that the core does not see, by reason
         self.stoppers: dict[str, Stopper] = {}
         self.stuck: set[bytes] = set()  # clients with a full queue: later replies of the same list must not overtake
 
@@ -100,28 +102,31 @@ class ActionExecutor:
             if waiting.repeated_by(message, content(message)):
                 waiting.client = client
             else:
-                self.refuse(client, message, ANOTHERS)
-        elif (problem := self.core.full(least, len(self.texts))) is not None:
-            self.refuse(client, message, problem, RETRY_AFTER_S)
+                self.refuse(client, message, Problem("repeated_key", ANOTHERS))
+        elif (full := self.core.full(least, len(self.texts))) is not None:
+            self.refuse(client, message, Problem("full", full))
         elif isinstance(message.prompt, list):
             yield submitted(client, message, content(message), message.prompt)
         elif not self.texts.add(client, message, content(message), self.clock.now()):
-            self.refuse(client, message, "too many texts wait to be tokenized, try later", RETRY_AFTER_S)
+            self.refuse(client, message, Problem("full", "too many texts wait to be tokenized, try later"))
 
     def tokenised(self, text: Tokenised) -> Iterator[BrokerInput]:
         """Yield the event of a Submit whose text was tokenised, and its Cancel, unless it is refused."""
         waiting = text.waiting
         if text.problem is not None:
-            self.refuse(waiting.client, waiting.message, text.problem, RETRY_AFTER_S if text.again else None)
+            problem = Problem("full" if text.again else "invalid", text.problem)
+            self.refuse(waiting.client, waiting.message, problem)
             return
         waited_s = self.clock.now() - waiting.since
         yield submitted(waiting.client, waiting.message, waiting.content, text.ids, waited_s)
         if waiting.cancel is not None:
             yield waiting.cancel
 
-    def refuse(self, client: bytes, message: Submit, why: str, retry_after_s: float | None = None) -> None:
+    def refuse(self, client: bytes, message: Submit, problem: Problem) -> None:
         """Refuse a Submit that its core does not see."""
-        self.hub.reply(client, Refused(key=message.key, reason=why, retry_after_s=retry_after_s))
+        self.refused[problem.reason] += 1
+        retry_after_s = RETRY_AFTER_S if problem.reason == "full" else None
+        self.hub.reply(client, Refused(key=message.key, reason=problem.why, retry_after_s=retry_after_s))
 
     def act(self, actions: Sequence[Action]) -> None:
         """Execute one list of actions of the core."""
@@ -156,12 +161,19 @@ class ActionExecutor:
         """Send a reply to a client. Returns Undelivered if the client is gone or its queue is full."""
         message = action.message
         if isinstance(message, Status):
-            message = completed(message, self.notes(), self.network, self.texts)
+            message = self.completed(message)
+        elif isinstance(message, Observation):
+            status, measures = self.completed(message.status), with_refused(message.measures, self.refused)
+            message = message.changed(status=status, measures=measures)
         sent = "full" if action.client in self.stuck else self.hub.reply(action.client, message)
         if sent == "sent":
             return None
         self.stuck.add(action.client)
         return Undelivered(action.client, action.message, sent == "gone")
+
+    def completed(self, status: Status) -> Status:
+        """The status with what the core cannot know."""
+        return completed(status, self.notes(), self.network, self.texts)
 
     def detokenize(self, action: Detokenize) -> Detokenized:
         """Convert output tokens to text. The text ends before a stop text."""
@@ -194,6 +206,11 @@ def serve(config: Config, logger: logging.Logger) -> None:
         hub.bind_clients(config.operators_address, OperatorMessage)
         os.chmod(config.operators_address.removeprefix("ipc://"), 0o600)  # even where others may enter the folder
         hub.subscribe(config.views_address, ClusterView)
+        if port := config.broker.metrics_port:
+            from tetri.proc.metrics_server import Source, served  # slow to import, and few want it
+
+            source = Source(config.operators_address, config.engine.block_tokens)
+            stack.enter_context(served(port, source))
         logger.info("serving %s at %s", model, config.clients_address)
         run(core, executor.poll, executor.act, executor.clock, signals.running)
 
@@ -220,6 +237,7 @@ def limits(config: Config) -> Limits:
         vocabulary=vocabulary,
         max_open=config.broker.max_open,
         max_mib=config.broker.max_mib,
+        timelines_mib=config.broker.timelines_mib,
         heartbeat_s=config.cluster.heartbeat_s,
         dead_s=config.cluster.dead_s,
         patience_s=config.cluster.patience_s,

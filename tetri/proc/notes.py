@@ -1,8 +1,9 @@
-"""What the broker's process adds to a Status: what its core cannot know."""
+"""What the broker's process adds to a Status and an Observation: what its core cannot know."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from msgspec.structs import replace
 
@@ -12,6 +13,7 @@ from tetri.proc.network import HubNetwork
 from tetri.proc.texts import Texts
 from tetri.text import Tokenizer
 from tetri.wire.clients import Status
+from tetri.wire.observation import Measures
 
 NO_COST = (
     "no cost table (engine.cost): routing, roles and predicted times follow assumed step times. "
@@ -49,3 +51,10 @@ def completed(status: Status, configured: list[str], network: HubNetwork, texts:
     notes = [*configured, *status.notes, *of_counters("the broker", counters), *died]
     traffic = {f"net_{name}": count for name, count in sorted(network.hub.counters.items())}
     return replace(status, notes=notes, counters={**status.counters, **counters, **traffic})
+
+
+def with_refused(measures: Measures, refused: Mapping[str, int]) -> Measures:
+    """The measures with the Submits, by reason, that were refused before the core saw them."""
+    counts = measures.counts["requests_refused"]
+    counted = {reason: count + refused.get(reason, 0) for reason, count in counts.items()}
+    return measures.changed(counts={**measures.counts, "requests_refused": counted})

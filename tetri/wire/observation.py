@@ -14,8 +14,8 @@ from tetri.request import Count, Name, Receipt, Record, Stage
 
 
 class Transferred(Record, frozen=True):
-    """KV that an instance has received over one path. `seconds`: the sum over all fetches, from the announcement of a
-    chunk until it is in the engine's blocks. `failed`: fetches that gave no valid chunk."""
+    """KV that an instance has received over one path. `seconds`: how long these chunks took together, each from when it
+    was announced and the engine had blocks for it until it was in them. `failed`: fetches that gave no valid chunk."""
 
     chunks: Count = 0
     bytes: Count = 0
@@ -53,7 +53,8 @@ class Activity(Record, frozen=True):
 
 class EngineStep(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     """One engine step, or several that ran in one go. `at`: its end, in seconds of the worker's own clock. `batch`:
-    output tokens of one pass; `chunk_tokens`: prompt tokens computed beside them. `passes`: forward passes."""
+    output tokens that one pass wrote for decode requests; `chunk_tokens`: prompt tokens computed beside them. `passes`:
+    forward passes."""
 
     at: float
     seconds: float
@@ -62,11 +63,13 @@ class EngineStep(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     passes: Count = 1
 
 
-class TraceEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
-    """Something that happened to a choice on the instance `iid` ("broker": at the broker), apart from its decode steps.
-    `at`: when it began; in a Heartbeat on the worker's own clock, in a Timeline since the request's arrival. `seconds`:
-    how long it took, 0 for an instant. `peer`: the other instance, "" if there is none. `first`, `last`: tokens or KV
-    blocks [first, last). `size`: see below. `note`: in a few words, "" if there is nothing to say.
+class TraceEvent(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
+    """Something that happened to a choice on the instance `iid` ("broker": at the broker; "" in a Heartbeat: at its
+    sender), apart from its decode steps. What happened to choices that share a prefill or a transfer is reported for
+    one of them, the first that went on there. `at`: when it began; in a Heartbeat on the worker's own clock, in a
+    Timeline since the request's arrival. `seconds`: how long it took, 0 for an instant. `peer`: the other instance, ""
+    if there is none. `first`, `last`: tokens or KV blocks [first, last). `size`: see below. `note`: in a few words, ""
+    if there is nothing to say.
 
     kind          what                                     first, last    size
     chunk         a prefill chunk was computed             tokens         tokens of the whole step
@@ -76,11 +79,11 @@ class TraceEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     deferred      `peer` has no memory now
     refused       `peer` refused: `note` says why
     export        a KV chunk was copied into the slab      blocks         its index
-    fetch         a KV chunk was fetched from `peer`; note: blocks        bytes
+    fetch         a KV chunk was fetched from `peer`; note: blocks        bytes that came
                   the path, and what was wrong with it
     preempted     lost its memory to others
     retry         another attempt begins: `note` says why
-    migrated      goes on at this instance, from `peer`
+    migrated      this attempt is decoded here, an earlier one was at `peer`
     """
 
     kind: str
@@ -169,7 +172,7 @@ class StageSpan(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
     seconds: float
 
 
-class StepSpan(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class StepSpan(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     """An engine step that wrote `tokens` output tokens of the choice, from `start_s` on (since the request's arrival).
     `batch`, `chunk_tokens`, `passes`: as in EngineStep."""
 

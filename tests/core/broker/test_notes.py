@@ -91,7 +91,7 @@ def test_transfers_that_fail_are_named_by_pair_and_an_instance_that_can_read_nob
     served.tell(heartbeat("d1", role="decode", load=Load(free_blocks=7, unread=9)))
     line = "d1 cannot read KV: its last 9 transfers, from several instances, failed; it gets few requests"
     assert served.status().notes == [line]
-    found = {each.iid: (each.unread, [*each.unread_by]) for each in served.status().instances}
+    found = {each.iid: (each.load.unread, [*each.unread_by]) for each in served.status().instances}
     assert found == {"d1": (9, []), "p1": (0, ["d1"]), "p2": (0, ["d1"])}
 
 

@@ -87,9 +87,9 @@ COUNT = 8
 
 
 def large(**limits):
-    """A broker whose limits are far away."""
+    """A broker whose limits are far away, without timelines, which have an account of their own."""
     workers = [(iid, {"capacity": capacity(blocks=1 << 16, context=1 << 16, max_batch=16)}) for iid in ("p1", "d1")]
-    return serving(*workers, limits={"context": 1 << 16, "vocabulary": 1 << 16, **limits})
+    return serving(*workers, limits={"context": 1 << 16, "vocabulary": 1 << 16, "timelines_mib": 0, **limits})
 
 
 def taken(prompt, output, n=1, **asked):

@@ -19,10 +19,10 @@ def request(number=1, n=1, deadline=None, **sampling):
 @pytest.fixture
 def table():
     """r1 is to be computed by p1, r2 is decoded by d1."""
-    made = Table()
+    made = Table(lambda choice, now: None)
     for number in (1, 2):
-        made.add(request(number))
-        made.assign(made.choices[f"r{number}"], "p1", 5)
+        made.add(request(number), 0.0)
+        made.assign(made.choices[f"r{number}"], "p1", 5, 0.0)
     made.hand_over(made.choices["r2"], "d1")
     made.move(made.choices["r2"], Stage.DECODE, 0.0)
     yield made
@@ -46,7 +46,7 @@ def test_what_is_left_until_its_deadline():
 def test_work_follows_a_choice_that_is_assigned_again(table):
     table.start_over(table.choices["r2"], 1.0)
     for iid, work_ns, counted in (("p1", 7, {"p1": 12}), ("p2", 9, {"p1": 5, "p2": 9}), ("p1", 7, {"p1": 12})):
-        table.assign(table.choices["r2"], iid, work_ns)
+        table.assign(table.choices["r2"], iid, work_ns, 0.0)
         assert table.work_ns == counted
     table.check()
 
@@ -91,7 +91,7 @@ def test_check_finds_an_outbox_that_has_sent_too_much_or_holds_more_than_the_out
 
 
 def test_check_finds_a_choice_that_waits_and_is_not_listed(table):
-    table.add(request(3))
+    table.add(request(3), 0.0)
     table.unplaced.clear()
     with pytest.raises(Broken, match="choices without a place are out of date"):
         table.check()
@@ -99,7 +99,7 @@ def test_check_finds_a_choice_that_waits_and_is_not_listed(table):
 
 @pytest.mark.parametrize("stage", [Stage.DECODE, Stage.MOVING])
 def test_check_finds_a_choice_that_is_nowhere(table, stage):
-    table.add(request(3))
+    table.add(request(3), 0.0)
     table.move(table.choices["r3"], stage, 1.0)
     with pytest.raises(Broken, match=f"in stage {stage} without an instance"):
         table.check()

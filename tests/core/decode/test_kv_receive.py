@@ -18,6 +18,7 @@ from tests.core.reading import kinds, only, sent
 from tetri.core.actions import Adopt, Broken
 from tetri.core.decode.kv_receive import COUNTED, FETCH_TRIES, LOST_PAUSE_S, KVReceive
 from tetri.core.decode.request import KVInflow
+from tetri.core.instance.activity import ActivityLog
 from tetri.wire.events import PeerDown
 from tetri.wire.handover import Grant, Landed, Refuse
 from tetri.wire.messages import Tokens
@@ -252,7 +253,7 @@ def inflow(blocks):
 
 
 def test_the_token_comes_with_the_last_chunk_whichever_comes_first():
-    receiving, made = KVReceive(), hand_over(offer("r", prompt=8))
+    receiving, made = KVReceive(ActivityLog(0.0)), hand_over(offer("r", prompt=8))
     assert receiving.announced(chunk("r", 1, 1, 2, token=5), made) is None and made.tokens == [5]
     made.flow.land(1)
     assert not made.flow.complete
@@ -283,7 +284,7 @@ def test_a_chunk_must_be_one_of_its_prompt(wrong):
 
 
 def test_check_finds_chunks_that_nobody_takes_and_pauses_of_legs_that_are_no_more():
-    receiving, made = KVReceive(), hand_over(offer("r", prompt=12))
+    receiving, made = KVReceive(ActivityLog(0.0)), hand_over(offer("r", prompt=12))
     made.ready = True
     receiving.announced(chunk("r", 0, 0, 1), made)
     with pytest.raises(Broken, match="r waits for 0 of 1 chunks"):

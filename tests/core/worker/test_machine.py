@@ -421,7 +421,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
         assert len(self.free) == self.slots - self.core.prefill.slots_used
         if self.done is None:
             self.core.check()
-            assert sum(self.core.decode.hand_overs.kv_receive.fetching.values()) == len(self.under_way)
+            assert sum(map(len, self.core.decode.hand_overs.kv_receive.fetching.values())) == len(self.under_way)
             assert len(self.requests) == len(self.core.ledger), "the engine and the ledger know the same legs"
 
     def teardown(self):

@@ -13,6 +13,8 @@ from tetri.proc.gateway.answers import Model
 from tetri.proc.gateway.api import application, listed
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.keys import Keys, hashed
+from tetri.proc.gateway.live import Live
+from tetri.proc.gateway.observatory import Observatory
 
 MODEL = Model(["m", "gpt"], "/models/m", 100, lambda token: bytes((token,)))
 READY = {"ready": True, "why": "", "pairs": []}
@@ -37,7 +39,9 @@ class Broker(Client):
 
 
 def app(client=None, keys=(), counts=None, **settings):
-    return application(GatewayConfig(**settings), Keys(keys), client or Broker(), MODEL, Tokens(), counts or Counts())
+    client, counts = client or Broker(), counts or Counts()
+    live = Live(Observatory(client), counts, 16)
+    return application(GatewayConfig(**settings), Keys(keys), client, MODEL, Tokens(), counts, live)
 
 
 def test_the_model_has_all_its_names_and_the_folder_of_its_checkpoint():
@@ -82,6 +86,14 @@ def test_tokenize(body, ids, texts):
 
 def test_detokenize():
     assert ask(app(), "/detokenize", b'{"tokens": [72, 195, 188]}').json() == {"prompt": "H\u00fc"}
+
+
+def test_a_key_guards_all_but_the_page_itself():
+    locked = app(keys=[hashed(b"k")])
+    data = ("/live", "/live/requests/x", "/live/instances/p0", "/metrics", "/openapi.json")
+    assert [ask(locked, path, method="GET").status for path in data] == [401] * len(data)
+    assert [ask(locked, path, method="GET").status for path in ("/", "/page.js", "/page.css")] == [200] * 3
+    assert ask(locked, "/metrics", method="GET", headers={"authorization": "Bearer k"}).status == 200
 
 
 # ---------------------------------------------------------------- refusals

@@ -19,15 +19,17 @@ from tetri.core.actions import (
     Submitted,
     Undelivered,
 )
-from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Delivery, Limits, refuse
+from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Delivery, Limits, Problem, refuse
 from tetri.core.broker.lifecycle import Lifecycle
-from tetri.core.broker.membership import Members
+from tetri.core.broker.membership import Member, Members
 from tetri.core.broker.notes import notes
+from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import Request, Table, needed_bytes
 from tetri.core.broker.roles import Flips
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
+from tetri.request import Sampling, choice_id
 from tetri.wire.clients import (
     Attach,
     Cancel,
@@ -37,13 +39,11 @@ from tetri.wire.clients import (
     Explain,
     Inspect,
     MonitorStatus,
-    Observation,
     Observe,
     Status,
 )
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
-from tetri.wire.observation import Measures
 
 VIEW = ("view", "")
 SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
@@ -67,14 +67,15 @@ class Broker:
         """`epoch` identifies this start of the broker. `cost` and `chunk_tokens` predict the prefill time of a prompt,
         the same for every instance. `now` is in seconds, as in all methods."""
         self.limits, self.model = limits, model
-        self.table = Table()
+        self.observer = Observer(epoch, limits.timelines_mib)
+        self.table = Table(self.observer.moved)
         self.members = Members(epoch)
-        self.delivery = Delivery(self.table, limits, rng)
+        self.delivery = Delivery(self.table, limits, rng, self.observer)
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
         self.lifecycle = Lifecycle(rules, self.members, self.delivery, cost, chunk_tokens, self.timers, self.counters)
         self.pair_checks = self.lifecycle.pair_checks
-        self.flips = Flips(self.members, self.counters)
+        self.flips = Flips(self.members, self.counters, self.observer)
         self.seen: tuple[ClusterView, float] | None = None  # the newest cluster view and its time of arrival
         self.timers.set(VIEW, now)
 
@@ -138,6 +139,7 @@ class Broker:
         self.delivery.connections.check(self.table)
         self.flips.check()
         self.pair_checks.check()
+        self.observer.timelines.check(self.table.choices.values())
         for choice in self.table.active():
             placed = self.members.by_iid.get(choice.holder) if choice.holder else None
             if choice.reason is None and choice.holder is not None and (placed is None or placed.lost is not None):
@@ -151,13 +153,16 @@ class Broker:
             return []  # the id of the broker itself: workers would send that worker's messages here
         before = self.members.by_iid.get(iid)
         actions, replaced = self.members.ready(event, now)
-        if before is not None and before.lost is not None and replaced is None:
-            self.lifecycle.back(before)
+        if before is None or replaced is not None:
+            again = "" if replaced is None else ", restarted"
+            self.observer.happened("joined", iid, f"{event.instance.role}{again}", now)
+        elif before.lost is not None:
+            self._back(before, now)
         self.timers.set(("silence", iid), now + self.limits.dead_s)
         if replaced is not None:
             self.counters["workers_replaced"] += 1
             why = f"{iid} was restarted"
-            actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(replaced, why, now)]
+            actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(replaced, "worker_restarted", why, now)]
         actions += self.flips.role_reported(self.members.by_iid[iid], event.instance.role, now)
         return [*actions, *self.lifecycle.place_waiting(now)]
 
@@ -191,10 +196,16 @@ class Broker:
             return []
         self.members.lose(member, why)
         self.counters["workers_lost"] += 1
+        self.observer.happened("lost", iid, why, now)
         announced = self.flips.gone(iid, why)
-        restarted = self.lifecycle.restart_all(member, f"{iid}: {why}", now)
+        restarted = self.lifecycle.restart_all(member, "worker_lost", f"{iid}: {why}", now)
         # Without the lost worker, the others may be allowed larger prompts (`Members.pool`).
         return [*announced, *restarted, *self.lifecycle.place_waiting(now)]
+
+    def _back(self, member: Member, now: float) -> None:
+        """A lost worker is back as the same process."""
+        self.observer.happened("back", member.iid, f"{member.role}, the same process", now)
+        self.lifecycle.back(member)
 
     def _received(self, event: FromWorker, now: float) -> list[Action]:
         member = self.members.known(event)
@@ -204,13 +215,12 @@ class Broker:
         actions: list[Action] = []
         if member.lost is not None and member.iid in self.members.up:
             self.members.lose(member, None)
-            self.lifecycle.back(member)
+            self._back(member, now)
             self.timers.set(("silence", member.iid), now + self.limits.dead_s)
             actions += self.lifecycle.place_waiting(now)
         match event:
             case Tokens():
-                for item in event.items:
-                    self.lifecycle.tokens(item, event.iid, now, actions)
+                actions += self.lifecycle.tokens(event, member, now)
             case Heartbeat() | Staged() | LoneStep() if member.lost is not None:
                 pass  # without a connection, the loss of this worker would not be detected a second time
             case Heartbeat():
@@ -219,6 +229,7 @@ class Broker:
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 member.unread_by, member.step_ratio = event.unread_by, event.step_ratio
                 member.activity = event.activity
+                self.observer.traced(event, member, self.table.choices, now)
                 self.pair_checks.unread(event.iid, event.unread_by)
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
@@ -234,21 +245,33 @@ class Broker:
     def _submit(self, event: Submitted, now: float) -> list[Action]:
         if event.key in self.table.keys:
             return self._submit_again(event, now)
-        prompt, n, retry_after_s = len(event.prompt), event.n, None
         sampling = event.sampling.limited(self._default_tokens(event))
-        most = sampling.max_tokens
-        why = self.delivery.problem(event, sampling) or self.members.too_long(prompt, prompt + most)
-        why = why or self.members.too_many(prompt, n)
-        if why is None and (why := self.full(needed_bytes(prompt, most, n, sampling))) is not None:
-            retry_after_s = RETRY_AFTER_S
-        if why is not None:
-            self.counters["refused"] += 1
-            return [refuse(event.client, event.key, why, retry_after_s)]
+        problem = self._problem(event, sampling)
+        if problem is not None:
+            return [self._refuse(event, problem)]
         self.counters["accepted"] += 1
         request, actions = self.delivery.admit(event, sampling, now)
         if request.deadline is not None:
             self.timers.set(("deadline", request.rid), request.deadline)
         return [*actions, *self.lifecycle.place(request.choices, now)]
+
+    def _problem(self, event: Submitted, sampling: Sampling) -> Problem | None:
+        """Why a request is not accepted; None if it is."""
+        prompt, most, n = len(event.prompt), sampling.max_tokens, event.n
+        if (problem := self.delivery.problem(event, sampling)) is not None:
+            return problem
+        if (why := self.members.too_long(prompt, prompt + most)) is not None:
+            return Problem("too_long", why)
+        if (why := self.members.too_many(prompt, n)) is not None:
+            return Problem("too_many_choices", why)
+        why = self.full(needed_bytes(prompt, most, n, sampling))
+        return None if why is None else Problem("full", why)
+
+    def _refuse(self, event: Submitted, problem: Problem) -> Reply:
+        self.counters["refused"] += 1
+        self.observer.refused(problem.reason)
+        retry_after_s = RETRY_AFTER_S if problem.reason == "full" else None
+        return refuse(event.client, event.key, problem.why, retry_after_s)
 
     def _default_tokens(self, event: Submitted) -> int:
         """The limit of a request that names none. At least 1: where nothing fits, that is refused."""
@@ -270,8 +293,7 @@ class Broker:
         """Handle a Submit whose key is known. What is refused changes nothing for the client of that key's request."""
         request = self.table.requests[self.table.keys[event.key]]
         if not request.repeated_by(event):
-            self.counters["refused"] += 1
-            return [refuse(event.client, event.key, ANOTHERS)]
+            return [self._refuse(event, Problem("repeated_key", ANOTHERS))]
         self.lifecycle.remember(request, now)
         return self.delivery.again(request, event.client, now)
 
@@ -280,9 +302,10 @@ class Broker:
         if isinstance(message, Inspect):
             return [Reply(event.client, self.status(now))]
         if isinstance(message, Observe):
-            return [Reply(event.client, self.observation(now))]
+            answer = self.observer.observation(self.status(now), message.epoch, message.since, now)
+            return [Reply(event.client, answer)]
         if isinstance(message, Explain):
-            return [refuse(event.client, message.rid, f"no request {message.rid} is known here")]
+            return [self._explain(event.client, message, now)]
         if isinstance(message, CheckReadiness):
             return self.pair_checks.ask(event.client, now)
         if isinstance(message, ChangeRole):
@@ -299,6 +322,14 @@ class Broker:
             request.watchers.append(event.client)
         replies = [Reply(event.client, done) for done in ended]
         return [*replies, *self.lifecycle.end_all(request.choices, "cancelled", now)]
+
+    def _explain(self, client: bytes, asked: Explain, now: float) -> Reply:
+        """The answer to an Explain. It may name the request by its key, as long as the key is known."""
+        name = choice_id(self.table.keys.get(asked.rid, asked.rid), asked.choice)
+        found = self.observer.timeline(name, self.table.choices.get(name), now)
+        if found is None:
+            return refuse(client, asked.rid, f"nothing is known here of choice {asked.choice} of request {asked.rid}")
+        return Reply(client, found)
 
     def _attach(self, client: bytes, message: Attach, request: Request, now: float) -> list[Action]:
         if message.choice >= len(request.choices):
@@ -336,6 +367,7 @@ class Broker:
                     return []
                 self.timers.clear(("grace", request.rid))
                 self.delivery.connections.leave(request)
+                self.observer.forgotten(request)
                 self.table.forget(request.rid)
                 return []
             case "grace":
@@ -346,12 +378,6 @@ class Broker:
             case "verdict":
                 return self.lifecycle.judge(request, now)
         raise Broken(f"unknown timer {what}")
-
-    def observation(self, now: float) -> Observation:
-        """The answer to Observe."""
-        return Observation(
-            epoch=self.members.epoch, serial=0, status=self.status(now), measures=Measures(counts={}, histograms={})
-        )
 
     def status(self, now: float) -> Status:
         """The answer to Inspect: instances, open choices by stage, counters and the newest cluster view."""

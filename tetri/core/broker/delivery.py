@@ -6,9 +6,11 @@ from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import NamedTuple
 
 from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, Submitted, Undelivered
 from tetri.core.broker.connections import Connections
+from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import TEXT_BYTES, Choice, Request, Table, needed_bytes
 from tetri.request import Sampling, Stage, Token, Usage, choices_problem, sampling_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
@@ -35,8 +37,16 @@ class Limits:
     patience_s: float = 60.0
     client_grace_s: float = 5.0
     retry_s: float = 0.05  # first wait before sending again to a client whose queue was full
+    timelines_mib: int = 64  # of memory for timelines of ended choices; those of open ones take at most as much again
     ready_s: float = 30.0  # for so long a hand-over shows that its pair of instances carries KV (readiness.py)
     quiet_s: float = 1.0  # a client with open requests hears something at least this often
+
+
+class Problem(NamedTuple):
+    """Why a Submit is refused. `reason`: a label of `requests_refused` (docs/metrics.md); `why`: in one line."""
+
+    reason: str
+    why: str
 
 
 _STAGE_OF = {"cancelled": Stage.CANCELLED, "error": Stage.FAILED, "deadline": Stage.FAILED}
@@ -44,30 +54,34 @@ _NAMES = [(stage, stage.value) for stage in Stage]
 
 
 class Delivery:
-    """Opens requests and closes choices for clients, and fills their outboxes. Shares the broker's request table."""
+    """Opens requests and closes choices for clients, and fills their outboxes. Shares the broker's request table and
+    its observer."""
 
-    def __init__(self, table: Table, limits: Limits, rng: Random) -> None:
-        self.table, self.limits, self.rng = table, limits, rng
+    def __init__(self, table: Table, limits: Limits, rng: Random, observer: Observer) -> None:
+        self.table, self.limits, self.rng, self.observer = table, limits, rng, observer
         self.connections = Connections(limits.retry_s, limits.quiet_s)
 
-    def problem(self, event: Submitted, sampling: Sampling) -> str | None:
-        """The reason why a request can never be served, in one line that states what is allowed; None if it can."""
+    def problem(self, event: Submitted, sampling: Sampling) -> Problem | None:
+        """Why a request can never be served, in one line that states what is allowed; None if it can."""
         context, prompt, most = self.limits.context, len(event.prompt), sampling.max_tokens
         wrong = problem_without_prompt(event)
         if wrong is not None:
-            return wrong
+            return Problem("invalid", wrong)
         if prompt == 0:
-            return "the prompt is empty: give at least one token"
-        if (wrong := problem_of_length(prompt, context)) is not None:
-            return wrong
+            return Problem("invalid", "the prompt is empty: give at least one token")
+        if (problem := problem_of_length(prompt, context)) is not None:
+            return problem
         if (wrong := self._unknown_id(event.prompt, sampling)) is not None:
-            return f"{wrong} is outside the model's vocabulary of {self.limits.vocabulary}"
+            return Problem("invalid", f"{wrong} is outside the model's vocabulary of {self.limits.vocabulary}")
         if prompt + most > context:
-            return f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
+            why = f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
+            return Problem("too_long", why)
         if sampling.min_tokens > most:
-            return f"min_tokens is {sampling.min_tokens}, after this prompt there is space for {most}"
+            least = sampling.min_tokens
+            return Problem("invalid", f"min_tokens is {least}, after this prompt there is space for {most}")
         if (size := needed_bytes(prompt, most, event.n, sampling)) > self.limits.max_mib << 20:
-            return f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
+            why = f"the request may need {size} bytes, the broker has {self.limits.max_mib} MiB for all requests"
+            return Problem("too_long", why)
         return None
 
     def _unknown_id(self, prompt: Sequence[int], sampling: Sampling) -> str | None:
@@ -92,7 +106,8 @@ class Delivery:
             content=event.content,
         )
         request.choices = [Choice(request, index, sampling.for_choice(index)) for index in range(event.n)]
-        self.table.add(request)
+        self.observer.accepted(request)
+        self.table.add(request, now)
         self.connections.stream(request, event.client, now)
         return request, [Reply(event.client, _accepted(request))]
 
@@ -121,10 +136,10 @@ class Delivery:
                     self.connections.full(choice, now)
         return self.connections.gone(event.client) if event.gone else []
 
-    def detokenize(self, choice: Choice, *, final: bool) -> list[Action]:
+    def detokenize(self, choice: Choice, *, final: bool) -> Detokenize:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, choice.asked = choice.asked, len(choice.output)
-        return [Detokenize(choice.id, start, tuple(choice.output[start:]), final, choice.sampling)]
+        return Detokenize(choice.id, start, tuple(choice.output[start:]), final, choice.sampling)
 
     def detokenized(self, choice: Choice, event: Detokenized, now: float) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the choice; tokens after the stop text
@@ -160,6 +175,7 @@ class Delivery:
             choice=choice.index,
         )
         choice.outbox.end(done)
+        self.observer.ended(choice, done, now)
         watchers = [Reply(client, done) for client in request.watchers if client != request.client]
         actions = [*self.connections.deliver(choice, now), *watchers, Release(choice.id)]
         self.connections.ended(choice)
@@ -178,11 +194,12 @@ def problem_without_prompt(asked: Submitted | Submit) -> str | None:
     return choices_problem(asked.n, asked.sampling)
 
 
-def problem_of_length(prompt: int, context: int) -> str | None:
+def problem_of_length(prompt: int, context: int) -> Problem | None:
     """Why a prompt of so many tokens does not fit into the model's context; None if it does."""
     if prompt < context:
         return None
-    return f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
+    why = f"the prompt has {prompt} tokens, the model's context holds {context}: shorten the prompt"
+    return Problem("too_long", why)
 
 
 def _accepted(request: Request) -> Accepted:

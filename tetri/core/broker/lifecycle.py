@@ -9,6 +9,7 @@ from tetri.core.actions import Action, Send
 from tetri.core.broker.closes import Closes
 from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.membership import Member, Members
+from tetri.core.broker.observer import StepTokens
 from tetri.core.broker.readiness import PairChecks
 from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Choice, Request
 from tetri.core.broker.suspects import (
@@ -27,7 +28,7 @@ from tetri.policy.breaker import Breaker
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Stage
 from tetri.wire.handover import Sibling
-from tetri.wire.messages import Assign, Close, Failed, Heartbeat, LoneStep, Proceed, Resend, Staged, TokenItem
+from tetri.wire.messages import Assign, Close, Failed, Heartbeat, LoneStep, Proceed, Resend, Staged, TokenItem, Tokens
 
 BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
 TOKEN_S = 1e-6  # seconds per prompt token if the cost table is empty: queues are then compared by their tokens
@@ -38,7 +39,8 @@ SHORT_S, LONG_S = 1e-9, 1e9  # bounds of the predicted work, so that a sum in na
 
 
 class Lifecycle:
-    """Moves choices through their stages. Shares the broker's members, delivery (and its table), timers and counters.
+    """Moves choices through their stages. Shares the broker's members, delivery (and its table and observer), timers
+    and counters.
 
     The routing policy chooses a prefill instance by the predicted seconds of prefill work that are assigned to it and
     not done; `cost` and `chunk_tokens` predict them. Choices of a request that have no output yet are placed together:
@@ -57,6 +59,7 @@ class Lifecycle:
     ) -> None:
         self.members, self.delivery, self.timers, self.counters = members, delivery, timers, counters
         self.table, self.limits, self.rng = delivery.table, delivery.limits, delivery.rng
+        self.observer = delivery.observer
         self.cost, self.chunk_tokens = cost, chunk_tokens
         self.closes = Closes(members)
         self.pair_checks = PairChecks(members, self.closes, self.limits.ready_s)
@@ -88,9 +91,10 @@ class Lifecycle:
         if iid in self.breaker.failing:
             self._probes += 1
             self.breaker.probe(iid, self._probes)
+        self.observer.placed(choices, allowed.queued_s[column])
         share_ns = max(1, round(1e9 * work_s / len(choices)))
         for choice in choices:
-            self.table.assign(choice, iid, share_ns)
+            self.table.assign(choice, iid, share_ns, now)
             choice.probe = self._probes if iid in self.breaker.failing else 0
             self.timers.clear(("patience", choice.id))
         return [self.assign(choices, now)]
@@ -128,9 +132,10 @@ class Lifecycle:
                 actions += self.place(part, now)
         return actions
 
-    def restart(self, choices: Iterable[Choice], why: str, now: float) -> list[Action]:
-        """Start another attempt. The tokens so far are prefilled like the prompt and still count as output. After
-        `max_attempts` attempts that count, a choice ends with an error instead."""
+    def restart(self, choices: Iterable[Choice], reason: str, why: str, now: float) -> list[Action]:
+        """Start another attempt, for one of the reasons of `retries` (docs/metrics.md). The tokens so far are prefilled
+        like the prompt and still count as output. After `max_attempts` attempts that count, a choice ends with an error
+        instead."""
         actions: list[Action] = []
         again = []
         most = self.limits.max_attempts
@@ -146,6 +151,7 @@ class Lifecycle:
                 continue
             self.counters["restarts"] += 1
             self.table.start_over(choice, now)
+            self.observer.retried(choice, reason, why, now)
             again.append(choice)
         return [*actions, *self._place_all(again, now)]
 
@@ -161,7 +167,7 @@ class Lifecycle:
         if choice.reason is not None or choice.stage.ended:
             return []
         choice.reason, choice.error = reason, error
-        return self.delivery.detokenize(choice, final=True)
+        return [self.delivery.detokenize(choice, final=True)]
 
     def close(self, choice: Choice) -> list[Action]:
         """Tell both workers to drop the choice. If it ended by itself, they also get its output length to learn
@@ -179,15 +185,16 @@ class Lifecycle:
         lost = [each for each in missing if each.holder == each.decode or len(each.output) > each.continued]
         # Else it may still be on its way.
         again = [each for each in missing if each not in lost and each.assigned_after < read]
-        restarted = self.restart(lost, f"{iid} does not hold it any more", now)
+        restarted = self.restart(lost, "not_held", f"{iid} does not hold it any more", now)
         return [*restarted, *(self.assign(group, now) for group in _groups(again))]
 
-    def restart_all(self, lost: Member, why: str, now: float) -> list[Action]:
+    def restart_all(self, lost: Member, reason: str, why: str, now: float) -> list[Action]:
         """Restart every choice that a lost worker held, except those of a request that has killed it: that one ends."""
         self.closes.forget(lost.iid)
         self.breaker.failing.pop(lost.iid, None)  # it may be well when it comes back
         actions = self.pair_checks.forget(lost.iid)
-        return [*actions, *self._restart_lost([*self.table.held_by(lost.iid).values()], lost, why, now)]
+        held = [*self.table.held_by(lost.iid).values()]
+        return [*actions, *self._restart_lost(held, lost, reason, why, now)]
 
     def back(self, member: Member) -> None:
         """A lost worker is back as the same process. `place_waiting` follows."""
@@ -201,9 +208,12 @@ class Lifecycle:
         if not request.accused or all(choice.reason is not None for choice in request.choices):
             return []
         self.counters["guilty"] += 1
+        self.observer.happened("killed", request.deaths[-1][0], f"{request.rid}: {verdict(request)}", now)
         return self.end_all(request.choices, "error", now, verdict(request))
 
-    def _restart_lost(self, choices: Sequence[Choice], lost: Member, why: str, now: float) -> list[Action]:
+    def _restart_lost(
+        self, choices: Sequence[Choice], lost: Member, reason: str, why: str, now: float
+    ) -> list[Action]:
         """Restart choices that were lost with a worker. Those of a request that is accused of it wait for the
         verdict."""
         choices = [choice for choice in choices if choice.reason is None]
@@ -214,16 +224,18 @@ class Lifecycle:
                 self.timers.set(("verdict", request.rid), now + VERDICT_S)
         for choice in choices:
             choice.not_counted += 1
-        return self.restart(choices, why, now)
+        return self.restart(choices, reason, why, now)
 
     def _lost_after_all(self, choice: Choice, event: Staged | Failed, now: float) -> list[Action]:
         """A decode instance was lost to which, as far as the broker knew, the choice had not gone yet. If it has gone
         on elsewhere (Staged), in company, it starts over only as a suspect, which must be alone."""
         lost = self.members.by_iid.get(event.lost)
         if lost is None:
-            return self.restart(_sharing(choice), f"{event.lost} was lost", now) if isinstance(event, Failed) else []
+            why = f"{event.lost} was lost"
+            return self.restart(_sharing(choice), "kv_lost", why, now) if isinstance(event, Failed) else []
         if isinstance(event, Failed) or len(choice.request.deaths) + 1 >= SUSPECT_DEATHS:
-            return self._restart_lost(_sharing(choice), lost, f"{event.lost} was lost with its KV", now)
+            why = f"{event.lost} was lost with its KV"
+            return self._restart_lost(_sharing(choice), lost, "kv_lost", why, now)
         count(choice.request, lost.iid, lost.instance.incarnation)
         return []
 
@@ -251,7 +263,9 @@ class Lifecycle:
             if choice.decode is None:
                 if choice.prefill in self.breaker.failing:
                     self.breaker.succeeded(choice.prefill)
+                    self.observer.happened("healed", choice.prefill, f"{iid} has read its KV", now)
                 self.table.hand_over(choice, iid)
+                self.observer.decodes(choice, iid, now)
                 if choice.prefill is not None:
                     self.pair_checks.carried(choice.prefill, iid, now)
                 if choice.prefill not in (None, iid):
@@ -292,12 +306,21 @@ class Lifecycle:
 
     # ------------------------------------------------------------ what workers report
 
-    def tokens(self, item: TokenItem, iid: str, now: float, actions: list[Action]) -> None:
+    def tokens(self, event: Tokens, member: Member, now: float) -> list[Action]:
+        """Add the output tokens of an engine step to their choices."""
+        actions: list[Action] = []
+        step = self.observer.step(event, member, now)
+        for item in event.items:
+            self._add(item, event.iid, step, now, actions)
+        step.close()
+        return actions
+
+    def _add(self, item: TokenItem, iid: str, step: StepTokens, now: float, actions: list[Action]) -> None:
         """Add the output tokens that `iid` reports to their choice. Appends to `actions`, since this runs for every
         token of every request."""
-        choice = self._reported(item.rid, item.attempt)
-        if choice is None:
-            actions += self.pair_checks.tokens(item, iid, now)
+        choice = self.table.choices.get(item.rid)
+        if not choice or choice.attempt != item.attempt or choice.reason is not None or not choice.prefill:
+            actions += self.pair_checks.tokens(item, iid, now)  # as `_reported`, without a call
             return
         if choice.decode != iid and not self._may_write(choice, item, iid, now, actions):
             return
@@ -312,8 +335,8 @@ class Lifecycle:
         if not choice.extend(ids):
             actions += self.end(choice, "error", now, f"{iid} computes no log probabilities")
             return
-        if ids and choice.first_at is None:
-            choice.first_at = now
+        if ids:
+            step.wrote(choice, len(ids))
         if choice.decode is None and choice.stage in BEFORE_TOKENS:
             self.table.advance(choice, Stage.MOVING, now)
         if item.end is not None:
@@ -322,7 +345,7 @@ class Lifecycle:
         elif len(choice.output) == choice.sampling.max_tokens:  # the worker should have sent an end
             actions += self.end(choice, "length", now)
         else:
-            actions += self.delivery.detokenize(choice, final=False)
+            actions.append(self.delivery.detokenize(choice, final=False))
 
     def _may_write(self, choice: Choice, item: TokenItem, iid: str, now: float, actions: list[Action]) -> bool:
         """Whether tokens count of an instance that is not known to decode the choice.
@@ -354,8 +377,11 @@ class Lifecycle:
         request = choice.request
         request.avoid = [*dict.fromkeys([*request.avoid, *event.avoid])]
         if event.iid in event.avoid:
+            if event.iid not in self.breaker.failing:
+                self.observer.happened("failing", event.iid, event.why, now)
             self.breaker.failed(event.iid, choice.probe, event.why, now)
-        return self.restart(_sharing(choice), event.why, now)
+        reason = "kv_unread" if event.avoid else "given_up"
+        return self.restart(_sharing(choice), reason, event.why, now)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
         """Compare the choices in a worker's heartbeat, if it lists them, with the request table and repair every

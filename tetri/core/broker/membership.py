@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from math import inf
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
+from tetri.core.broker.clock_offset import ClockOffset
 from tetri.core.broker.compatibility import Compatibility, Found, compatible_pairs
 from tetri.instance import Capacity, Instance
 from tetri.policy.views import PrefillPool
@@ -39,6 +40,7 @@ class Member:
     unread_by: dict[str, str] = field(default_factory=dict)
     step_ratio: StepRatio = StepRatio()
     activity: Activity = Activity()
+    clock: ClockOffset = field(default_factory=ClockOffset)
     suspect: bool = False  # its silence timer was due once; see Broker._silent
     alone: tuple[str, int] | None = None  # rid and attempt of the request whose lone step it runs (LoneStep)
     lost: str | None = None

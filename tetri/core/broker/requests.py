@@ -5,7 +5,7 @@ work. It also has the account of the memory that the requests take."""
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from hmac import compare_digest
 
@@ -13,6 +13,7 @@ from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
 from tetri.request import AskedSampling, Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
+from tetri.wire.kept import Moved, ReportedEvent, Steps
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
@@ -24,6 +25,10 @@ REQUEST_BYTES, PROMPT_BYTES, CHOICE_BYTES, OUTPUT_BYTES, TEXT_BYTES = 2048, 8, 2
 LOGPROB_BYTES, TOP_BYTES = 28, 13  # of an output token with a log probability; of each most likely token beside it
 ID_BYTES = 128  # of each token id of logit_bias and stop_token_ids
 NOTHING_ASKED = AskedSampling()
+MOST_STEPS, MOST_EVENTS = 4096, 512  # of one choice
+# What a trace counts for: itself with the moves of each attempt, each step that may follow (a reference, and its
+# share of the step), and each event.
+TRACE_BYTES, STEP_BYTES, EVENT_BYTES = 2048, 16, 500
 
 
 def needed_bytes(prompt: int, output: int, n: int = 1, sampling: AskedSampling = NOTHING_ASKED) -> int:
@@ -86,6 +91,23 @@ class Request:
         return None if self.deadline is None else max(0.0, self.deadline - now)
 
 
+class Trace:
+    """What has happened to a choice. `together`: ids and attempts of the choices with which it has shared a prefill.
+    `decoded_by`: the last instance that has decoded it. `left_out`: steps and events for which there was no space."""
+
+    __slots__ = ("decoded_by", "events", "left_out", "moves", "reserved", "steps", "together")
+
+    def __init__(self, reserved: int) -> None:
+        """`reserved`: bytes that it counts for."""
+        self.reserved = reserved
+        self.moves: list[Moved] = []
+        self.events: list[ReportedEvent] = []
+        self.steps: Steps = []
+        self.together: frozenset[tuple[str, int]] = frozenset()
+        self.decoded_by: str | None = None
+        self.left_out = 0
+
+
 @dataclass(slots=True, eq=False)
 class Choice:
     """One output of a request, which workers know by its `id`. `prefill` and `decode` are the instances of the current
@@ -112,7 +134,9 @@ class Choice:
     continued: int = 0  # output tokens of earlier attempts
     asked: int = 0
     outbox: Outbox = field(init=False)
-    first_at: float | None = None
+    first_at: float | None = None  # when the first token came
+    last_at: float | None = None  # when the last one came
+    trace: Trace | None = None  # what is kept of how it is served; None: there was no space for it
     spent: dict[Stage, float] = field(default_factory=dict)
     end: End | None = None  # as its worker reported with the last token
     reason: str | None = None  # end reason; set while the last text is still being detokenized
@@ -176,11 +200,13 @@ class Table:
 
     `unplaced`: open choices without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
     nanoseconds of prefill by instance, of all choices assigned to it that have no token of this attempt yet; an
-    instance without such work is not in it. `weight`: the memory of all requests, in bytes. An open choice counts with
+    instance without such work is not in it. `moved` is called whenever a choice has entered a stage or has got another
+    holder. `weight`: the memory of all requests, in bytes. An open choice counts with
     all the output that it may still get, so the broker never needs more than it has accepted; an ended one with what it
     has."""
 
-    def __init__(self) -> None:
+    def __init__(self, moved: Callable[[Choice, float], None]) -> None:
+        self.moved = moved
         self.requests: dict[str, Request] = {}
         self.choices: dict[str, Choice] = {}
         self.keys: dict[str, str] = {}  # client's key -> rid
@@ -214,7 +240,7 @@ class Table:
 
     # ------------------------------------------------------------ changes
 
-    def add(self, request: Request) -> None:
+    def add(self, request: Request, now: float) -> None:
         """Add a new request with its choices."""
         self.requests[request.rid] = request
         self.keys[request.key] = request.rid
@@ -222,6 +248,7 @@ class Table:
             self.choices[choice.id] = self._active[choice.id] = choice
             self._stages[choice.stage] += 1
             self._list(choice)
+            self.moved(choice, now)
         self.weigh(request)
 
     def forget(self, rid: str) -> None:
@@ -233,11 +260,12 @@ class Table:
         if self.keys.get(request.key) == rid:
             del self.keys[request.key]
 
-    def assign(self, choice: Choice, iid: str, work_ns: int) -> None:
+    def assign(self, choice: Choice, iid: str, work_ns: int, now: float) -> None:
         """Assign a choice to a prefill instance; `work_ns` is its share of the predicted prefill, at least 1 ns."""
         self._count(choice, None)
         choice.prefill, choice.work_ns = iid, work_ns
         self._list(choice)
+        self.moved(choice, now)
 
     def hand_over(self, choice: Choice, iid: str) -> None:
         """Set the decode instance of a choice."""
@@ -262,6 +290,7 @@ class Table:
         else:
             self._stages[stage] += 1
         self._list(choice)
+        self.moved(choice, now)
 
     def advance(self, choice: Choice, stage: Stage, now: float) -> None:
         """As `move`, but never to an earlier stage: reports of two workers can arrive out of order."""

@@ -16,6 +16,7 @@ from tetri.core.actions import Action, Broken, Reply, Send
 from tetri.core.broker.compatibility import Compatibility
 from tetri.core.broker.delivery import ANOTHERS, refuse
 from tetri.core.broker.membership import Member, Members
+from tetri.core.broker.observer import Observer
 from tetri.policy.pairing import incompatibility
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, ROLES
 from tetri.wire.clients import ChangeRole, Refused, RoleChanged
@@ -33,15 +34,16 @@ class Change:
     number: int
     was: str
     role: str
+    since: float
     askers: Askers = field(default_factory=dict)
 
 
 class Flips:
-    """Carries out role changes. `changes`: the flips in progress, by instance. Shares the broker's members and
-    counters."""
+    """Carries out role changes. `changes`: the flips in progress, by instance. Shares the broker's members,
+    counters and observer."""
 
-    def __init__(self, members: Members, counters: Counter[str]) -> None:
-        self.members, self.counters = members, counters
+    def __init__(self, members: Members, counters: Counter[str], observer: Observer) -> None:
+        self.members, self.counters, self.observer = members, counters, observer
         self.changes: dict[str, Change] = {}
         self._answers: dict[str, tuple[ChangeRole, Refused | RoleChanged]] = {}  # by its key, oldest first
         self._number = members.epoch  # of the last Flip; starts at the epoch to differ from an earlier broker's numbers
@@ -96,7 +98,7 @@ class Flips:
     def _turn(self, member: Member, role: str, now: float, askers: Askers) -> list[Action]:
         """Publish the new role first, then send the Flip, so that the worker gets no more work of the old role."""
         self._number += 1
-        self.changes[member.iid] = Change(self._number, member.role, role, askers)
+        self.changes[member.iid] = Change(self._number, member.role, role, now, askers)
         if member.role == role:
             return [self._send(member.iid)]
         self.members.turn(member, role)
@@ -156,6 +158,7 @@ class Flips:
         change = self.changes.get(member.iid)
         if change is None:
             if role != member.role and role in ROLES:
+                self.observer.happened("role", member.iid, f"{member.role} > {role}, as it reports", now)
                 self.members.turn(member, role)
             return []
         if (role, flip) != (change.role, change.number):
@@ -164,6 +167,8 @@ class Flips:
             return [self._send(member.iid)]
         del self.changes[member.iid]
         self.counters["flips"] += 1
+        if change.was != role:
+            self.observer.role_changed(member.iid, change.was, role, now - change.since, now)
         return [
             self._answer(
                 *(client, asked),

@@ -10,6 +10,7 @@ from typing import Any
 from tetri.core.actions import Broken, HoldRequest
 from tetri.core.decode.load_forecast import LoadForecast
 from tetri.core.decode.request import NEVER, DecodeRequest
+from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.engine_request import Sampled, StepDone
@@ -33,8 +34,8 @@ class Batch:
     held        those of `running` that a lone step leaves out
     """
 
-    def __init__(self, own: Identity, ledger: Ledger, forecast: LoadForecast) -> None:
-        self.own, self.ledger, self.forecast = own, ledger, forecast
+    def __init__(self, own: Identity, ledger: Ledger, forecast: LoadForecast, activity: ActivityLog) -> None:
+        self.own, self.ledger, self.forecast, self.activity = own, ledger, forecast, activity
         self.landed: dict[str, DecodeRequest] = {}
         self.running: dict[str, DecodeRequest] = {}
         self.preempted: dict[str, DecodeRequest] = {}
@@ -180,6 +181,8 @@ class Batch:
         for key in done.preempted:  # it may wait for long, so send the tokens that it has
             request = self.running[key]
             request.preempted += 1
+            self.activity.totals["preempted"] += 1
+            self.activity.add("preempted", request.offer)
             self.preempted[key] = request
             self._changed = True
             if len(request.tokens) > request.sent:
@@ -189,6 +192,7 @@ class Batch:
             for span in done.spans:
                 recomputing = self.preempted.get(span.key)
                 if recomputing is not None:
+                    self.activity.computed("recompute", recomputing.offer, span.start, span.stop)
                     recomputing.recomputed += max(min(span.stop, len(recomputing.offer.prompt)) - span.start, 0)
         ended = self._collect(done.tokens, done.steps, items)
         self._shares_steps_again()
@@ -215,6 +219,7 @@ class Batch:
                     items.append(self.token_item(request))
                 request.mark = min(request.due, request.sent + interval)
         self.forecast.wrote(count)
+        self.activity.totals["decode_tokens"] += count
         if self.preempted:
             for sampled in tokens:
                 self.preempted.pop(sampled.key, None)

@@ -15,6 +15,7 @@ from tetri.core.decode.batch import Batch
 from tetri.core.decode.deferred import DeferredOffers
 from tetri.core.decode.kv_receive import KVReceive
 from tetri.core.decode.request import DecodeRequest, HandOver, KVInflow, key_of, obstacle
+from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
@@ -37,9 +38,9 @@ class HandOvers:
     unallocated   those for which the engine has no blocks yet
     """
 
-    def __init__(self, own: Identity, ledger: Ledger, peers: Peers, batch: Batch) -> None:
+    def __init__(self, own: Identity, ledger: Ledger, peers: Peers, batch: Batch, activity: ActivityLog) -> None:
         self.own, self.ledger, self.peers, self.batch, self.forecast = own, ledger, peers, batch, batch.forecast
-        self.kv_receive = KVReceive()
+        self.kv_receive = KVReceive(activity)
         self.deferred = DeferredOffers(own.capacity.blocks, 3 * own.renew_s)
         self.by_key: dict[str, HandOver] = {}
         self.moving: dict[str, HandOver] = {}

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Collection
 
 from tetri.core.actions import Adopt, Adopted, Broken
-from tetri.core.decode.request import DecodeRequest, HandOver
+from tetri.core.decode.request import DecodeRequest, HandOver, size_of
+from tetri.core.instance.activity import ActivityLog
 from tetri.policy.pairing import FAR
 from tetri.wire.handover import Chunk
 
@@ -34,15 +35,16 @@ RETRYABLE = ("flipped", "truncated")  # problems that another fetch may solve
 class KVReceive:
     """Fetches KV chunks.
 
-    fetching   pending fetches by the key of their hand-over, also of those that have ended: their results must never
-               count for another one with the same key
+    fetching   key of the hand-over -> chunk index -> when the pending fetch began; also of hand-overs that have ended:
+               the results must never count for another one with the same key
     pauses     (key of the hand-over, chunk index) -> when to fetch the chunk again
     unread     transfers that failed since the last one that succeeded, by instance whose KV could not be read
     """
 
-    def __init__(self) -> None:
+    def __init__(self, activity: ActivityLog) -> None:
+        self.activity = activity
         self.counters: Counter[str] = Counter(dict.fromkeys(COUNTED, 0))
-        self.fetching: dict[str, int] = {}
+        self.fetching: dict[str, dict[int, float]] = {}
         self.pauses: dict[tuple[str, int], float] = {}
         self.unread: Counter[str] = Counter()
 
@@ -82,7 +84,7 @@ class KVReceive:
     def fetch(self, chunk: Chunk, hand_over: HandOver) -> Adopt:
         """Start to copy a chunk into the blocks of all choices."""
         key, path = hand_over.key, hand_over.flow.path
-        self.fetching[key] = self.fetching.get(key, 0) + 1
+        self.fetching.setdefault(key, {})[chunk.index] = self.activity.now
         return Adopt(
             *(key, chunk.index, chunk.start, chunk.handle, chunk.digest, chunk.src, path), keys=hand_over.engine_keys()
         )
@@ -91,14 +93,15 @@ class KVReceive:
         """Handle the result of a fetch: the chunk has landed, or is fetched again (the returned actions), or the whole
         KV receive has failed (`flow.broken`). Raise Broken when no such fetch is pending, and when the engine did not
         take the blocks of a choice that is here."""
-        left = self.fetching.get(event.key, 0) - 1
-        if left < 0:
+        pending = self.fetching.get(event.key, {})
+        since = pending.pop(event.index, None)
+        if since is None:
             raise Broken(f"nobody took chunk {event.index} of {event.key}")
-        self.fetching[event.key] = left
-        if not left:
+        if not pending:
             del self.fetching[event.key]
         if hand_over is None:
             return []
+        self._trace(event, hand_over, since)
         flow, problem = hand_over.flow, event.problem
         if problem is not None:
             self.counters[problem] += 1
@@ -113,6 +116,16 @@ class KVReceive:
                 self.unread.clear()
             return []
         return self._retry(event.index, problem, hand_over, now)
+
+    def _trace(self, event: Adopted, hand_over: HandOver, since: float) -> None:
+        chunk, path, problem = hand_over.flow.announced[event.index], hand_over.flow.path, event.problem
+        size, note = (size_of(chunk), path) if problem is None else (0, f"{path}: {problem}")
+        blocks = {"first": chunk.start, "last": chunk.stop}
+        self.activity.add("fetch", hand_over.lead, since, peer=chunk.src, **blocks, size=size, note=note)
+        if problem is None:
+            self.activity.received(path, size, since)
+        else:
+            self.activity.not_received(path)
 
     def _retry(self, index: int, problem: str, hand_over: HandOver, now: float) -> list[Adopt]:
         """Retry a failed fetch, now or after a pause, or give the KV receive up."""
@@ -154,7 +167,7 @@ class KVReceive:
         """Raise Broken when the pending fetches disagree with the hand-overs in `moving`."""
         for hand_over in moving:
             paused = sum(key == hand_over.key for key, _ in self.pauses)
-            awaited = self.fetching.get(hand_over.key, 0) + paused
+            awaited = len(self.fetching.get(hand_over.key, ())) + paused
             if hand_over.ready and hand_over.flow.broken is None and awaited != len(hand_over.flow.announced):
                 raise Broken(f"{hand_over.key} waits for {awaited} of {len(hand_over.flow.announced)} chunks")
         keys = [hand_over.key for hand_over in moving]

@@ -10,6 +10,7 @@ from tetri.core.decode.batch import Batch
 from tetri.core.decode.hand_overs import HandOvers, staged
 from tetri.core.decode.load_forecast import LoadForecast
 from tetri.core.decode.request import DecodeRequest
+from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
@@ -24,11 +25,18 @@ class DecodeScheduler:
 
     `estimator` is the worker's, None unless lengths are "trained"."""
 
-    def __init__(self, own: Identity, ledger: Ledger, peers: Peers, estimator: LengthEstimator | None) -> None:
-        self.own, self.estimator = own, estimator
+    def __init__(
+        self,
+        own: Identity,
+        ledger: Ledger,
+        peers: Peers,
+        estimator: LengthEstimator | None,
+        activity: ActivityLog,
+    ) -> None:
+        self.own, self.estimator, self.activity = own, estimator, activity
         self.forecast = LoadForecast(own, estimator)
-        self.batch = Batch(own, ledger, self.forecast)
-        self.hand_overs = HandOvers(own, ledger, peers, self.batch)
+        self.batch = Batch(own, ledger, self.forecast, activity)
+        self.hand_overs = HandOvers(own, ledger, peers, self.batch, activity)
         self.requests = self.hand_overs.requests
 
     # ------------------------------------------------------------ running
@@ -60,7 +68,9 @@ class DecodeScheduler:
         items, ended = self.batch.step_done(done)
         for request, end in ended:
             self._finish(request, end)
-        return [self.own.report(Tokens, items=items), *actions] if items else actions
+        if not items:
+            return actions
+        return [self.own.report(Tokens, items=items, step=self.activity.step), *actions]
 
     def _finish(self, request: DecodeRequest, end: End) -> None:
         self.hand_overs.leave(request)

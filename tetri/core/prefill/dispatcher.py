@@ -10,6 +10,7 @@ from random import Random
 from typing import Any
 
 from tetri.core.actions import Action, Broken, Send
+from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
 from tetri.core.prefill.decode_pool import LivePool
@@ -26,9 +27,15 @@ class Dispatcher:
     1 for the life of the process."""
 
     def __init__(
-        self, own: Identity, requests: dict[str, PrefillRequest], peers: Peers, timers: Timers[str], rng: Random
+        self,
+        own: Identity,
+        requests: dict[str, PrefillRequest],
+        peers: Peers,
+        timers: Timers[str],
+        rng: Random,
+        activity: ActivityLog,
     ) -> None:
-        self.own, self.requests, self.timers, self.rng = own, requests, timers, rng
+        self.own, self.requests, self.timers, self.rng, self.activity = own, requests, timers, rng, activity
         self.pool = LivePool(own, peers)
         self.readers = Readers(own, self.pool, peers, rng)
         self.breaker = self.readers.breaker
@@ -178,6 +185,7 @@ class Dispatcher:
         self.pool.reserve(self._number, target, need)
         self.offers[self._number] = request.key
         self._targets.setdefault(target, {})[self._number] = None
+        self.activity.add("offered", request.lead, peer=target)
         return self.repeat(request, now)
 
     def request_of(self, answer: BetweenWorkers) -> PrefillRequest | None:
@@ -196,6 +204,7 @@ class Dispatcher:
         assert request.flow.offer is not None
         if request.flow.granted:
             return []
+        self.activity.add("granted", request.lead, peer=request.flow.target)
         self._end_deferral(request)
         self.timers.set(request.key, now + self.own.offer_s)
         request.flow.grant()
@@ -209,6 +218,7 @@ class Dispatcher:
         assert flow.offer is not None
         if flow.granted or flow.deferred or request.pinned:
             return
+        self.activity.add("deferred", request.lead, peer=flow.target)
         flow.deferred, self.deferred[flow.offer] = True, None
         self.pool.deferred(flow.offer, now)
         self._look_later(request, now)

@@ -25,6 +25,7 @@ from __future__ import annotations
 from collections.abc import Collection
 
 from tetri.core.actions import Action, Broken, Export, Exported, Free
+from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.request import KVChunk, PrefillRequest
@@ -45,8 +46,8 @@ class KVSend:
     keeping    the requests that these slots belong to, by key
     """
 
-    def __init__(self, own: Identity, dispatcher: Dispatcher) -> None:
-        self.own, self.dispatcher = own, dispatcher
+    def __init__(self, own: Identity, dispatcher: Dispatcher, activity: ActivityLog) -> None:
+        self.own, self.dispatcher, self.activity = own, dispatcher, activity
         self.keeping: dict[str, PrefillRequest] = {}
         self.used = 0
 
@@ -75,7 +76,7 @@ class KVSend:
             return []
         index = request.flow.chunks
         request.flow.chunks, request.flow.exported = index + 1, stop
-        request.flow.awaited[index] = (start, stop)
+        request.flow.awaited[index] = (start, stop, self.activity.now)
         self.used += stop - start
         self.keeping[request.key] = request
         return [Export(request.key, index, start, stop)]
@@ -83,9 +84,11 @@ class KVSend:
     def exported(self, request: PrefillRequest | None, event: Exported) -> list[Action]:
         """Announce a chunk that is in the slab now. Free it if the request has ended or started again meanwhile."""
         awaited = request.flow.awaited if request is not None and request.decodes else {}
-        if request is None or awaited.get(event.index) != (event.start, event.stop):
+        start, stop, since = awaited.get(event.index, (0, 0, 0.0))
+        if request is None or (start, stop) != (event.start, event.stop):
             return [Free(event.handle)]
         del awaited[event.index]
+        self.activity.add("export", request.lead, since, first=start, last=stop, size=event.index)
         request.flow.put(KVChunk(event.index, event.start, event.stop, event.handle, event.digest))
         return self.dispatcher.announce(request, request.flow.unannounced())
 

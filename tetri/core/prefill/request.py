@@ -80,7 +80,7 @@ class KVOutflow:
     landed: int = 0  # blocks that have landed; their slots here are freed
     exported: int = 0  # blocks exported, landed ones included
     chunks: int = 0  # chunks exported; the index of the next one
-    awaited: dict[int, tuple[int, int]] = field(default_factory=dict)  # pending exports: index -> [start, stop)
+    awaited: dict[int, tuple[int, int, float]] = field(default_factory=dict)  # exports: index -> [start, stop), since
     sent: list[KVChunk] = field(default_factory=list)  # all exported chunks, landed ones included
     unread: dict[str, None] = field(default_factory=dict)  # decode instances that could not read its KV
 

@@ -12,6 +12,7 @@ from random import Random
 from typing import Any
 
 from tetri.core.actions import Action, AddRequest, Broken, CancelRequest, HoldRequest
+from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
@@ -35,21 +36,28 @@ class PrefillScheduler:
     requests   all of which the broker has not closed every choice, by key
     choices    the same by the keys of all their choices, closed ones included
     expected   the planned chunk
+    budget     tokens of the planned step that prefill may use
     """
 
     def __init__(
-        self, ledger: Ledger, peers: Peers, timers: Timers[str], rng: Random, estimator: LengthEstimator | None
+        self,
+        ledger: Ledger,
+        peers: Peers,
+        timers: Timers[str],
+        rng: Random,
+        estimator: LengthEstimator | None,
+        activity: ActivityLog,
     ) -> None:
         own = peers.own
-        self.own, self.ledger = own, ledger
+        self.own, self.ledger, self.activity = own, ledger, activity
         self.requests: dict[str, PrefillRequest] = {}
         self.choices: dict[str, PrefillRequest] = {}
         self.queue = Queue(own)
-        self.dispatcher = Dispatcher(own, self.requests, peers, timers, rng)
-        self.kv_send = KVSend(own, self.dispatcher)
+        self.dispatcher = Dispatcher(own, self.requests, peers, timers, rng, activity)
+        self.kv_send = KVSend(own, self.dispatcher, activity)
         self.lengths = LengthWait(own, self.dispatcher, estimator)
         self.expected: list[Span] = []
-        self._budget = 0  # tokens of the planned step that prefill may use
+        self.budget = 0
         self._attempts: dict[str, dict[str, PrefillChoice]] = {}  # rid -> its attempts here, by key
         self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
@@ -146,7 +154,7 @@ class PrefillScheduler:
 
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
         may use the reserve."""
-        self._budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
+        self.budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
         prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
         keys = [span.key for span in self.expected]
@@ -159,7 +167,7 @@ class PrefillScheduler:
         slots, self.expected = self.kv_send.spare(), []
         for group, started in groups(prompts, self.requests, self.queue.started):
             if not self.expected:
-                self.expected = fill(self.own, self._budget, group, self.requests, started, slots)
+                self.expected = fill(self.own, self.budget, group, self.requests, started, slots)
         self.queue.short = bool(prompts) and not self.expected
 
     def lone(self) -> PrefillRequest | None:
@@ -170,7 +178,7 @@ class PrefillScheduler:
     def plan_alone(self, request: PrefillRequest | None) -> None:
         """Plan a chunk of this started request alone, as large as possible, or no chunk. It is none, too, if slots are
         short."""
-        self._budget = self.own.capacity.chunk_tokens
+        self.budget = self.own.capacity.chunk_tokens
         self._choose([] if request is None else [Progress(request.key, request.done, request.goal)])
 
     def _start(self, request: PrefillRequest, now: float) -> list[Action]:
@@ -220,6 +228,7 @@ class PrefillScheduler:
     def retreat(self, request: PrefillRequest, why: str) -> list[Action]:
         """Free the KV blocks and slots of a started request that no decode instance has granted. It starts again later,
         behind the started ones."""
+        self.activity.add("preempted", request.lead, note=why)
         self._stop(request)
         self.queue.computed(request, 0)
         request.turn = 0
@@ -238,12 +247,15 @@ class PrefillScheduler:
         if not ran(planned, done.spans, self.requests, strained=strained):
             raise Broken(f"planned {planned}, the engine ran {list(done.spans)}")
         for span in done.spans:
-            self.queue.computed(self.requests[span.key], span.stop)
+            request = self.requests[span.key]
+            self.queue.computed(request, span.stop)
+            self.activity.computed("chunk", request.lead, span.start, span.stop)
         actions = self._first_tokens(done.tokens)
         actions += self.lengths.stepped(planned, done.estimates, now)
         for span in done.spans:
             actions += self.kv_send.export(self.requests[span.key])
         for key in done.preempted:
+            self.activity.add("preempted", self.requests[key].lead)
             self.queue.computed(self.requests[key], 0)
         return actions
 
@@ -263,7 +275,7 @@ class PrefillScheduler:
             if not choice.closed:
                 items.append(TokenItem(choice.rid, choice.attempt, len(request.output), list(sampled.ids), choice.end))
         after = [action for request in requests.values() for action in self._computed(request)]
-        return [self.own.report(Tokens, items=items), *after] if requests else []
+        return [self.own.report(Tokens, items=items, step=self.activity.step), *after] if requests else []
 
     def _computed(self, request: PrefillRequest) -> list[Action]:
         """Go on with a request that has its first tokens."""

@@ -7,6 +7,7 @@ from collections import deque
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.batch import Batch
 from tetri.core.decode.scheduler import DecodeScheduler
+from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.engine_request import StepDone
@@ -64,7 +65,8 @@ class LoadReporter:
     """Makes a worker's reports. `role` decides which new work others send; `flip` is the number of the Flip that set
     it, 0 before the first. `busy`: the share of time in which the engine computed, as of the last load report."""
 
-    def __init__(self, prefill: PrefillScheduler, decode: DecodeScheduler, now: float) -> None:
+    def __init__(self, prefill: PrefillScheduler, decode: DecodeScheduler, activity: ActivityLog, now: float) -> None:
+        self.activity = activity
         self.own, self.prefill, self.decode = prefill.own, prefill, decode
         self.hand_overs = decode.hand_overs
         self.role, self.flip = self.own.instance.role, 0
@@ -134,7 +136,7 @@ class LoadReporter:
 
     def heartbeat(self) -> Send:
         """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status,
-        step ratios."""
+        step ratios, activity, and the events since the last one."""
         estimator, readers = self.decode.estimator, self.prefill.dispatcher.readers
         epoch, read = self.hand_overs.peers.read
         return self.own.report(
@@ -150,6 +152,9 @@ class LoadReporter:
             predictor=None if estimator is None else estimator.status(),
             unread_by={iid: each.why for iid, each in readers.breaker.failing.items()},
             step_ratio=self._step_times.report(),
+            at=self.activity.now,
+            activity=self.activity.report(),
+            traced=self.activity.traced(),
         )
 
     def _holds(self) -> list[Hold] | None:

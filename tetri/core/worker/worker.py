@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from math import inf
 from random import Random
 
@@ -21,6 +22,7 @@ from tetri.core.actions import (
 )
 from tetri.core.decode.hand_overs import FreeMemory
 from tetri.core.decode.scheduler import DecodeScheduler
+from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
@@ -29,7 +31,7 @@ from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
 from tetri.core.worker.load_report import LoadReporter
 from tetri.core.worker.lone_steps import LoneSteps
-from tetri.engine_request import StepDone
+from tetri.engine_request import Span, StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
@@ -51,14 +53,15 @@ class Worker:
         self.peers = Peers(own)
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.estimator = None if own.expected is None else LengthEstimator(own)
-        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator)
+        self.activity = ActivityLog(now)
+        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator, self.activity)
         self.dispatcher = self.prefill.dispatcher
-        self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator)
+        self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator, self.activity)
         self.hand_overs = self.decode.hand_overs
         self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
-        self.reporter = LoadReporter(self.prefill, self.decode, now)
+        self.reporter = LoadReporter(self.prefill, self.decode, self.activity, now)
         self.dispatcher.pool.home = self.reporter.home
         self._step_at = now
         self._fewer = False  # the batch has lost a request since the step was planned
@@ -71,6 +74,7 @@ class Worker:
 
     def handle(self, event: WorkerInput, now: float) -> list[Action]:
         """Process one event. Raises Broken for an event that is not a WorkerInput."""
+        self.activity.now = now
         actions = self._handle(event, now)
         return self._deliver_own(actions, now) if actions else actions
 
@@ -127,6 +131,7 @@ class Worker:
 
     def tick(self, now: float) -> list[Action]:
         """Run every timer that is due, then start a step unless one is running or there is nothing to plan."""
+        self.activity.now = now
         actions: list[Action] = []
         for key in self.timers.due(now):
             if key == LOAD:
@@ -247,7 +252,10 @@ class Worker:
             prefilled, decoded = done.part(choices, inside=True), done.part(choices, inside=False)
             strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
             strained = strained or any(span.key in batch.preempted for span in done.spans)
+            self._count_step(prefilled.spans, decoded)
             actions += self.prefill.step_done(prefilled, now, strained=strained)
+        else:
+            self._count_step((), decoded)
         # Also for requests that end in this step: accuracy is judged by their last estimate.
         for estimate in decoded.estimates:
             self.decode.estimates(estimate)
@@ -260,6 +268,12 @@ class Worker:
         way_out = self.decode.stuck() or (batch.stuck() and others)
         self.idle = not (done.spans or done.tokens or done.allocated or way_out)
         return actions
+
+    def _count_step(self, chunk: Sequence[Span], decoded: StepDone) -> None:
+        tokens = sum([span.stop - span.start for span in chunk]) if chunk else 0
+        again = sum([span.stop - span.start for span in decoded.spans]) if decoded.spans else 0
+        batch, space = len(decoded.tokens), self.prefill.budget
+        self.activity.step_done(self._step_at, batch, decoded.steps, tokens, space, again)
 
     def _set_fetch_timer(self, actions: list[Action]) -> list[Action]:
         """Set the timer that fetches a lost KV chunk again, if there is one."""
@@ -305,6 +319,7 @@ class Worker:
             self.dispatcher.defer(request, now)
             return []
         if isinstance(event, Refuse):
+            self.activity.add("refused", request.lead, peer=event.src, note=event.why)
             hopeless = event.unread and self.dispatcher.readers.failed(request, event, now)
             if hopeless or request.pinned or not request.flow.movable:
                 why = f"{event.src} cannot go on with the KV: {event.why}"
@@ -346,6 +361,7 @@ class Worker:
         actions = self.hand_overs.orphaned(iid)
         for request in self.dispatcher.aimed_at(iid):
             if request.flow.movable and not request.pinned and not (request.may_decode and request.lost):
+                self.activity.add("refused", request.lead, peer=iid, note="it was lost")
                 actions += self.prefill.lost_with(request, iid) if request.may_decode else ()
                 self.dispatcher.refused(request, "lost")
             else:  # also a request that may have killed two

@@ -24,12 +24,14 @@ from tetri.client import (
     TetriError,
     Unreachable,
 )
+from tetri.client.aio import AsyncEvents
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, error_response
 from tetri.proc.gateway.tokens import Tokens
 from tetri.wire.openai import Answer, ApiError, Asked, Reply, Stream
 
-RECEIPT, DEADLINE = b"x-tetri-receipt", b"x-tetri-deadline-ms"
+RECEIPT, DEADLINE, RID = b"x-tetri-receipt", b"x-tetri-deadline-ms", b"x-tetri-rid"
+MOST_RIDS = 16  # in one header
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 EVENTS += [(b"x-accel-buffering", b"no")]  # or nginx would gather them
 MOST_MS = 10**9
@@ -71,9 +73,17 @@ class Completions:
             raise ApiError(400, f"{len(asked.prompts)} prompts x {asked.n} are too many: {most}")
         self._counts.ignored(asked.ignored)
         headers = dict(scope["headers"])
-        answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", _deadline_s(headers), send)
-        name = f"{self._prefix}-{scope['state'][REQUEST_ID]}"
-        made = asked, name, int(time.time()), self._model.token_text
+        state, prefix = scope["state"], self._prefix
+        given = headers.get(REQUEST_ID.encode()) == state[REQUEST_ID].encode()
+
+        def accepted(rid: str) -> None:  # by the broker: its id serves all, unless the client has given one
+            if not given:
+                state[REQUEST_ID] = rid
+                reply.rename(f"{prefix}-{rid}")
+
+        wanted = headers.get(RECEIPT) == b"1", _deadline_s(headers)
+        answering = Answering(self._client, asked, *wanted, send, accepted)
+        made = asked, f"{prefix}-{state[REQUEST_ID]}", int(time.time()), self._model.token_text
         # Who names this type reads such events; other clients may break on those with an id.
         numbered = b"text/event-stream" in headers.get(b"accept", b"")
         reply = Stream(*made, numbered=numbered) if asked.stream else Answer(*made)
@@ -93,12 +103,21 @@ class Completions:
 
 
 class Answering:
-    """One answer that is being given."""
+    """One answer that is being given. `accepted` gets the id of the first request that the broker has accepted."""
 
-    def __init__(self, client: AsyncClient, asked: Asked, receipt: bool, deadline_s: float | None, send: Send) -> None:
-        self._client, self._asked, self._send = client, asked, send
+    def __init__(
+        self,
+        client: AsyncClient,
+        asked: Asked,
+        receipt: bool,
+        deadline_s: float | None,
+        send: Send,
+        accepted: Callable[[str], None],
+    ) -> None:
+        self._client, self._asked, self._send, self._accepted = client, asked, send, accepted
         self._receipt, self._deadline_s = receipt, deadline_s
         self._started = False
+        self._rids: dict[int, str] = {}  # by index of the prompt
 
     async def run(self, reply: Reply, submits: Sequence[Mapping[str, Any]]) -> None:
         """Answer all prompts at once. Raises ApiError if that fails before any output was sent; else the answer ends
@@ -124,11 +143,10 @@ class Answering:
             raise errors.exceptions[0] from None
 
     async def _serve(self, reply: Reply, index: int, submit: Mapping[str, Any]) -> None:
-        stream, unknown = self._client.events(**submit, deadline_s=self._deadline_s), self._asked.running_usage
+        stream = self._client.events(**submit, deadline_s=self._deadline_s)
         async for event in stream:
-            if unknown:
-                reply.accepted(index, stream.prompt_tokens)
-                unknown = False
+            if index not in self._rids:
+                self._begin(reply, index, stream)
             if (result := event.result) is None:
                 data = reply.delta(index, event.choice, event.tokens, event.text)
             else:
@@ -137,12 +155,23 @@ class Answering:
             if data:
                 await self._write(data)
 
+    def _begin(self, reply: Reply, index: int, stream: AsyncEvents) -> None:
+        """The broker has accepted a prompt."""
+        rid = stream.rid or ""
+        if not self._rids:
+            self._accepted(rid)
+        self._rids[index] = rid
+        if self._asked.running_usage:
+            reply.accepted(index, stream.prompt_tokens)
+
     async def _write(self, data: bytes, more: bool = True) -> None:
         if not self._started:
             self._started = True
             length = [] if self._asked.stream else [(b"content-length", b"%d" % len(data))]
             headers = EVENTS if self._asked.stream else [(b"content-type", JSON.encode()), *length]
-            await self._send({"type": "http.response.start", "status": 200, "headers": [*headers]})
+            rids = [rid for _, rid in sorted(self._rids.items())][:MOST_RIDS]
+            headers = [*headers, (RID, ", ".join(rids).encode())]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": data, "more_body": more})
 
 

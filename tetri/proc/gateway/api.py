@@ -18,10 +18,12 @@ from starlette.routing import Route
 import tetri
 from tetri.client import AsyncClient, TetriError
 from tetri.config import GatewayConfig
+from tetri.proc.gateway import page_files
 from tetri.proc.gateway.answers import Completions, Model, failure, uncollected
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, Guard, error_response
 from tetri.proc.gateway.keys import Keys
+from tetri.proc.gateway.live import Live
 from tetri.proc.gateway.tokens import Tokens, bare
 from tetri.wire import openai
 from tetri.wire.openai import ApiError
@@ -85,14 +87,22 @@ class Api:
 
 
 def application(
-    settings: GatewayConfig, keys: Keys, client: AsyncClient, model: Model, tokens: Tokens, counts: Counts
+    settings: GatewayConfig,
+    keys: Keys,
+    client: AsyncClient,
+    model: Model,
+    tokens: Tokens,
+    counts: Counts,
+    live: Live,
 ) -> Starlette:
     """The ASGI application of a gateway."""
-    common = client, model, tokens, counts
+    common, page = (client, model, tokens, counts), page_files.routes()
     routes = [
         Route("/v1/completions", Completions(openai.read_completion, "cmpl", *common), methods=["POST"]),
         Route("/v1/chat/completions", Completions(openai.read_chat, "chatcmpl", *common), methods=["POST"]),
         *Api(client, model, tokens).routes(),
+        *live.routes(),
+        *page,
     ]
 
     async def broken(request: Request, error: Exception) -> Response:  # what `guard` does for all other answers
@@ -101,7 +111,8 @@ def application(
         found.headers[REQUEST_ID] = request.scope["state"][REQUEST_ID]
         return found
 
-    guard = Middleware(Guard, listed(settings.names), keys, settings.body_kib, counts.answered)
+    public = [route.path for route in page]  # there is no data in them
+    guard = Middleware(Guard, listed(settings.names), keys, settings.body_kib, counts.answered, public)
     handlers: Any = {HTTPException: _http, ClientDisconnect: _nobody, Exception: broken}
     handlers |= {kind: lambda request, error: failure(error) for kind in (ApiError, TetriError)}
     return Starlette(routes=routes, middleware=[*_cross_origin(settings), guard], exception_handlers=handlers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from starlette.datastructures import MutableHeaders
@@ -16,19 +16,27 @@ from tetri.proc.gateway.keys import Keys
 from tetri.wire.openai import ApiError
 
 REQUEST_ID = "x-request-id"
-OPEN = frozenset(("/health", "/ping", "/ready", "/version"))  # for probes, which have no key
+PROBED = frozenset(("/health", "/ping", "/ready", "/version"))  # by programs that have no key
 _ID = re.compile(rb"[\x21-\x7e]{1,128}")
 JSON = "application/json"
 
 
 class Guard:
     """ASGI middleware. `names`: hosts, besides addresses and localhost, by which clients may call this gateway; "*":
-    any. `body_kib`: most KiB of a body. `count` gets the status of every answer."""
+    any. `body_kib`: most KiB of a body. `count` gets the status of every answer. `public`: paths that need no key,
+    besides those of probes."""
 
     def __init__(
-        self, app: ASGIApp, names: Sequence[str], keys: Keys, body_kib: int, count: Callable[[int], None]
+        self,
+        app: ASGIApp,
+        names: Sequence[str],
+        keys: Keys,
+        body_kib: int,
+        count: Callable[[int], None],
+        public: Iterable[str] = (),
     ) -> None:
         self._app, self._names, self._keys, self._count = app, tuple(names), keys, count
+        self._public = PROBED.union(public)
         self._most_bytes = body_kib << 10
         self._too_large = ApiError(413, f"a body may have {body_kib} KiB: send less, or raise gateway.body_kib")
 
@@ -40,7 +48,7 @@ class Guard:
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                MutableHeaders(scope=message)[REQUEST_ID] = name
+                MutableHeaders(scope=message)[REQUEST_ID] = scope["state"][REQUEST_ID]
                 self._count(message["status"])
             await send(message)
 
@@ -71,7 +79,7 @@ class Guard:
         if not self._known(host):
             advice = "call it by its address, or add the name to gateway.names"
             return ApiError(403, f"this gateway is not called {host[:80]!r}: {advice}")
-        if path not in OPEN and not self._keys.allow(headers.get(b"authorization", b"")):
+        if path not in self._public and not self._keys.allow(headers.get(b"authorization", b"")):
             return ApiError(401, "a valid API key is needed: send it as Authorization: Bearer KEY")
         if int(headers.get(b"content-length", b"0")) > self._most_bytes:
             return self._too_large

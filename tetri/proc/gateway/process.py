@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import closing, contextmanager, suppress
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from tetri.proc.gateway.answers import Model
 from tetri.proc.gateway.api import application, listed
 from tetri.proc.gateway.connection import Limits, protocol
 from tetri.proc.gateway.counts import Counts
+from tetri.proc.gateway.live import Live
+from tetri.proc.gateway.observatory import Observatory
 from tetri.proc.gateway.tokens import Tokens, token_text
 from tetri.proc.gateways import BACKLOG, listening, report_of, url_of
 from tetri.proc.run_directory import kept
@@ -97,10 +99,11 @@ async def _serve(
     logger: logging.Logger,
 ) -> None:
     settings, counts = config.gateway, Counts()
-    async with AsyncClient(config.clients_address, timeout=BROKER_S) as client:
+    async with AsyncClient(config.clients_address, timeout=BROKER_S) as client, observed(client) as observatory:
+        live = Live(observatory, counts, config.engine.block_tokens)
         limits = Limits(settings.request_s, settings.stall_s, settings.max_connections)
         made = uvicorn.Config(
-            application(settings, allowed, client, model, tokens, counts),
+            application(settings, allowed, client, model, tokens, counts, live),
             http=protocol(limits),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
@@ -113,9 +116,14 @@ async def _serve(
             timeout_keep_alive=settings.idle_s,
             timeout_graceful_shutdown=1,
         )
+
+        async def close() -> None:
+            observatory.close()
+            await client.close()
+
         with reported(report_of(config.run_dir, name), url_of(listener), counts):
             logger.info("serving %s at %s", model.names[0], url_of(listener))
-            await Server(made, client.close).serve(sockets=[listener])
+            await Server(made, close).serve(sockets=[listener])
 
 
 def model_of(config: Config) -> Model:
@@ -125,6 +133,18 @@ def model_of(config: Config) -> Model:
     names = ["emulated" if emulated else config.model.name, *listed(config.gateway.models)]
     context, _ = build.limits_of_model(config)
     return Model(names, root, context, token_text(build.tokenizer(config)), config.broker.max_open)
+
+
+@asynccontextmanager
+async def observed(client: AsyncClient) -> AsyncIterator[Observatory]:
+    """An observatory that asks the broker meanwhile."""
+    observatory = Observatory(client)
+    asking = asyncio.ensure_future(observatory.run())
+    asking.add_done_callback(lambda ended: ended.cancelled() or ended.result())  # the log has what it ended with
+    try:
+        yield observatory
+    finally:
+        asking.cancel()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ UNFINISHED = "\ufffd"
 
 class Reply(ABC):
     """The answer to what was asked. `created`: Unix time. `token_text` is called only for log probabilities. Each
-    method but `accepted` returns bytes to send at once, perhaps none."""
+    method but `accepted` and `rename` returns bytes to send at once, perhaps none."""
 
     def __init__(self, asked: Asked, id: str, created: int, token_text: TokenText) -> None:
         prompts: list[Any] = [None] if asked.chat else asked.prompts
@@ -33,6 +33,10 @@ class Reply(ABC):
         if asked.sampling.logprobs is not None:
             kind = chat_logprobs if asked.chat else completion_logprobs
             self._logprobs = [Logprobs(kind, token_text, asked.ids_as_tokens) for _ in range(count)]
+
+    def rename(self, id: str) -> None:
+        """Give the answer another id, before its first delta."""
+        self._head["id"] = id
 
     @abstractmethod
     def _kind(self) -> str:

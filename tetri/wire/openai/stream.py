@@ -30,12 +30,17 @@ class Stream(Reply):
         self._held: dict[int, str] = {}  # by index of the choice
         # Most streams are plain: their events differ in number and text alone.
         self._plain = not (asked.ids or asked.running_usage or self._logprobs)
-        before, after = (
-            (b'"delta":{"content":', b'},"logprobs":null') if asked.chat else (b'"text":', b',"logprobs":null')
-        )
-        head = _encode(self._head)[:-1]
-        self._before = [b'%b,"choices":[{"index":%d,%b' % (head, index, before) for index in range(count)]
-        self._after = after + _REST
+        self._after = (b'},"logprobs":null' if asked.chat else b',"logprobs":null') + _REST
+        self._begin_events()
+
+    def _begin_events(self) -> None:
+        before = b'"delta":{"content":' if self._asked.chat else b'"text":'
+        head, indexes = _encode(self._head)[:-1], range(len(self._tokens))
+        self._before = [b'%b,"choices":[{"index":%d,%b' % (head, index, before) for index in indexes]
+
+    def rename(self, id: str) -> None:
+        super().rename(id)
+        self._begin_events()
 
     def _kind(self) -> str:
         return "chat.completion.chunk" if self._asked.chat else "text_completion"

@@ -1,0 +1,115 @@
+// The instances as cards in banks: prefill left, decode right, mixed between.
+
+import { bytes, count, find, make, mark, percent, ratio, seconds, short, style, write } from "./dom.js";
+
+const MARKS = 40; // at most so many marks have their full width
+const cards = new Map(); // iid -> Card
+const order = new Intl.Collator("en", { numeric: true });
+
+class Card {
+  constructor(iid, open) {
+    this.iid = iid;
+    const part = (name) => (this[name] = make(`span.${name}`));
+    const fact = (label, name) => make(`span.fact.${name}-fact`, make("span.label", `${label} `), part(name));
+    this.button = make("button.card", { type: "button" },
+      make("span.top", make("b", iid), " ", part("role"), " ", fact("busy", "busy")),
+      make("span.load", part("loadBar")),
+      make("span.memory", part("memoryBar")),
+      make("span.facts", fact("KV", "kv"), " ", make("span.label", part("blocks"), make("span.unit", " blocks"))),
+      make("span.marks", part("queuedMarks"), part("heavyMarks"), part("lightMarks"), part("waitingMarks")),
+      make("span.facts.words", part("decodes")),
+      make("span.facts.grid", fact("queue", "queue"), " ", fact("fill", "fill"), " ", fact("batch", "batch"), " ", fact("step", "step")));
+    this.button.addEventListener("click", () => open(iid));
+    this.button.id = `card-${iid}`;
+    this.item = make("li", this.button);
+  }
+
+  show(it) {
+    if (this.was && this.was !== it.role) this.changed();
+    this.was = it.role;
+    const used = it.blocks ? (it.blocks - it.free) / it.blocks : 0;
+    const light = Math.max(0, it.running + it.waiting - it.heavy);
+    mark(this.button, "role", it.role);
+    mark(this.button, "state", it.state);
+    write(this.role, it.state === "ready" ? it.role : it.state);
+    write(this.busy, percent(it.busy));
+    style(this.loadBar, "--part", it.busy.toFixed(2));
+    write(this.kv, percent(used));
+    style(this.memoryBar, "--part", used.toFixed(3));
+    write(this.blocks, `${count(it.blocks - it.free)} / ${count(it.blocks)}`);
+    this.marks(it, light);
+    write(this.decodes, it.note || this.words(it, light));
+    mark(this.decodes, "noted", it.note !== "");
+    write(this.queue, seconds(it.queued_s));
+    write(this.fill, percent(it.fill));
+    write(this.batch, short(it.batch));
+    write(this.step, this.steps(it));
+    this.button.title = it.note;
+  }
+
+  marks(it, light) { // heavy and light count those that wait too: hollow marks say how many of all wait
+    const all = it.queued + it.heavy + light;
+    style(this.queuedMarks.parentNode, "--step", all > MARKS ? (MARKS / all).toFixed(3) : 1);
+    style(this.queuedMarks, "--n", it.queued);
+    style(this.heavyMarks, "--n", it.heavy);
+    style(this.lightMarks, "--n", light);
+    style(this.waitingMarks, "--n", it.waiting);
+  }
+
+  words(it, light) {
+    const parts = [];
+    if (it.queued) parts.push(`${it.queued}\u00a0queued`);
+    if (it.heavy) parts.push(`${it.heavy}\u00a0heavy`);
+    if (light) parts.push(`${light}\u00a0light`);
+    if (it.waiting) parts.push(`${it.waiting}\u00a0waiting`);
+    return parts.join(" · ") || "no request";
+  }
+
+  steps(it) { // measured over predicted
+    const { prefill, decode } = it.ratio;
+    if (it.role === "mixed" && prefill != null && decode != null) return `${ratio(prefill)} ${ratio(decode)}`;
+    return ratio(it.role === "prefill" ? prefill : it.role === "decode" ? decode : prefill ?? decode);
+  }
+
+  changed() {
+    this.button.classList.add("changed");
+    setTimeout(() => this.button.classList.remove("changed"), 3000);
+  }
+}
+
+function fill(role, wanted) { // cards stay where they are, unless they are new here
+  const bank = find(`bank-${role}`);
+  wanted.forEach((card, i) => {
+    if (bank.children[i] !== card.item) {
+      const focused = card.button === document.activeElement;
+      bank.insertBefore(card.item, bank.children[i] ?? null);
+      if (focused) card.button.focus({ preventScroll: true });
+    }
+  });
+  while (bank.children.length > wanted.length) bank.lastChild.remove();
+  mark(bank, "size", wanted.length <= 3 ? "large" : wanted.length <= 12 ? "medium" : "small");
+  return wanted.length;
+}
+
+export function showInstances(instances, open) { // returns whether anything has moved
+  const known = new Set(instances.map((it) => it.iid));
+  for (const [iid, card] of cards) {
+    if (!known.has(iid)) { card.item.remove(); cards.delete(iid); }
+  }
+  const banks = { prefill: [], mixed: [], decode: [] };
+  for (const it of [...instances].sort((a, b) => order.compare(a.iid, b.iid))) {
+    if (!cards.has(it.iid)) cards.set(it.iid, new Card(it.iid, open));
+    const card = cards.get(it.iid);
+    card.show(it);
+    (banks[it.role] ?? banks.mixed).push(card);
+  }
+  const sizes = Object.entries(banks).map(([role, wanted]) => fill(role, wanted));
+  const [prefill, mixed, decode] = sizes;
+  find("bank-mixed").hidden = mixed === 0;
+  write(find("h-mixed"), mixed ? "Mixed" : "KV");
+  mark(find("banks"), "mixed", mixed === 0 ? "none" : prefill + decode === 0 ? "all" : "some");
+  write(find("n-bytes"), `${bytes(instances.reduce((sum, it) => sum + it.received_bytes_s, 0))}/s`);
+  return sizes.join();
+}
+
+export const cardOf = (iid) => cards.get(iid)?.button;
