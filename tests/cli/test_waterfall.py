@@ -4,9 +4,9 @@ import io
 
 import msgspec
 import pytest
+from observed import event, timeline
 from rich.console import Console
 
-from observed import event, timeline
 from tetri.cli.waterfall import drawn, heading, receipt, rows, steps
 from tetri.request import Receipt
 from tetri.wire.observation import Timeline
