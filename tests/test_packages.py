@@ -219,6 +219,8 @@ TESTED_ELSEWHERE = {
     "wire/clients": "wire/test_messages.py",
     "wire/events": "net/test_hub.py",
     "wire/handover": "wire/test_messages.py",
+    "wire/load": "wire/test_messages.py",
+    "wire/observation": "wire/test_messages.py",
     "proc/supervise": "proc/test_launch.py",
     "cli/predictor_scores": "cli/test_predictor_eval.py",
     "cli/predictor_train": "cli/test_predictor_eval.py",

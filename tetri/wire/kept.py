@@ -4,6 +4,7 @@ is made when somebody asks."""
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import zip_longest
 
 import msgspec
 from msgspec import Struct
@@ -109,7 +110,7 @@ def _stage_spans(moves: list[Moved], arrival: float, now: float) -> list[StageSp
     """The stages since the arrival, each up to the next one; the last up to `now`, unless it is an end."""
     spans: list[StageSpan] = []
     start = arrival
-    for move, after in zip(moves, [*moves[1:], None], strict=True):
+    for move, after in zip_longest(moves, moves[1:]):
         if after is None and move.stage.ended:
             break
         until = now if after is None else after.at

@@ -74,8 +74,8 @@ class Delivery:
         if (wrong := self._unknown_id(event.prompt, sampling)) is not None:
             return Problem("invalid", f"{wrong} is outside the model's vocabulary of {self.limits.vocabulary}")
         if prompt + most > context:
-            room = context - prompt
-            return Problem("too_long", f"max_tokens is {most}, after this prompt the context has room for {room}")
+            why = f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
+            return Problem("too_long", why)
         if sampling.min_tokens > most:
             least = sampling.min_tokens
             return Problem("invalid", f"min_tokens is {least}, after this prompt there is space for {most}")

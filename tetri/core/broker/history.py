@@ -89,7 +89,7 @@ class History:
     def since(self, serial: int, now: float) -> Since:
         """What has happened since the serial of an earlier Observation; 0: all that is kept, and nothing is missed."""
         moves, ended, events = self._moves.since(serial), self._ended.since(serial), self._events.since(serial)
-        missed = self.serial - serial - len(moves) - len(ended) - len(events) if serial else 0
+        missed = max(0, self.serial - serial - len(moves) - len(ended) - len(events)) if serial else 0
         return Since(
             [Move(each.rid, each.stage, each.iid, now - each.at, each.attempt, each.outputs) for each in moves],
             [_ended(each, now) for each in ended],

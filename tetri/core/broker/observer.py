@@ -8,9 +8,8 @@ from collections.abc import Mapping, Sequence
 from tetri.core.broker.history import History
 from tetri.core.broker.measures import Buckets, Meters
 from tetri.core.broker.membership import Member
-from tetri.core.broker.requests import Choice, Request
+from tetri.core.broker.requests import MOST_STEPS, Choice, Request
 from tetri.core.broker.timelines import Timelines
-from tetri.core.broker.trace import MOST_STEPS
 from tetri.wire.clients import Done, Observation, Status
 from tetri.wire.kept import pack_step
 from tetri.wire.messages import Heartbeat, Tokens

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from tetri.core.broker.requests import Choice
-from tetri.core.broker.trace import EVENT_BYTES, MOST_EVENTS, MOST_STEPS, STEP_BYTES, TRACE_BYTES, Trace
+from tetri.core.actions import Broken
+from tetri.core.broker.requests import (
+    EVENT_BYTES,
+    MOST_EVENTS,
+    MOST_STEPS,
+    STEP_BYTES,
+    TRACE_BYTES,
+    Choice,
+    Trace,
+)
 from tetri.wire.kept import Facts, Packed, ReportedEvent, pack, timeline, unpacked
 from tetri.wire.observation import Timeline, TraceEvent
 
 MOST_KEPT = 10_000
 KEPT_BYTES = 400  # of a timeline that is kept, besides what it is encoded into
 BROKER = "broker"  # where the broker's own events happen
-# What happens to the prefill and the transfer that choices share: workers report it for the first of these choices.
+# What happens to the prefill and the transfer that choices share: workers report it for one of these choices.
 SHARED = frozenset(("chunk", "offered", "granted", "deferred", "refused", "export", "fetch"))
 
 
@@ -54,17 +62,18 @@ class Timelines:
             reported = offset, iid, event
             self._add(choice, reported)
             if len(choice.request.choices) > 1 and event.kind in SHARED:
-                led = event.rid, event.attempt
+                lead = event.rid, event.attempt
                 for each in choice.request.choices:
-                    if each.trace is not None and led in each.trace.leads:
+                    if each is not choice and each.trace is not None and lead in each.trace.together:
                         self._add(each, reported)
 
     def shared(self, choices: Sequence[Choice]) -> None:
-        """These choices share the prefill of the first one."""
-        lead = choices[0].id, choices[0].attempt
-        for choice in choices[1:]:
-            if choice.trace is not None:
-                choice.trace.leads += (lead,)
+        """These choices share a prefill."""
+        if len(choices) > 1:
+            together = {(choice.id, choice.attempt) for choice in choices}
+            for choice in choices:
+                if choice.trace is not None:
+                    choice.trace.together |= together
 
     def decodes(self, choice: Choice, iid: str, now: float) -> None:
         """The choice is decoded at this instance from now on."""
@@ -88,6 +97,11 @@ class Timelines:
     def _count(self, trace: Trace, size: int) -> None:
         trace.reserved += size
         self.open_bytes += size
+
+    def check(self, choices: Iterable[Choice]) -> None:
+        """Check the memory of the traces of all choices in the table. Raises Broken."""
+        if self.open_bytes != sum(choice.trace.reserved for choice in choices if choice.trace is not None):
+            raise Broken("the account of open timelines is out of date")
 
     # ------------------------------------------------------------ the end
 
