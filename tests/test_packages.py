@@ -55,7 +55,7 @@ PACKAGES = {
     "executor": package("core engine kv engine_request request instance wire"),
     "client": package("request wire config strict clock private", "zmq msgspec"),
     "proc": package(EVERYTHING, "click httptools msgspec prometheus_client supervisor starlette uvicorn uvloop"),
-    "cli": package(EVERYTHING, "click rich"),
+    "cli": package(EVERYTHING, "click rich msgspec"),  # a command reads what the broker answers as its records
     "__init__": package("client"),
 }
 # Inside a package -> what of the same package it may import besides itself. Prefill and decode know nothing of each

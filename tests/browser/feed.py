@@ -133,7 +133,7 @@ class World:
             while it.at + 1 < len(it.plan) and it.born + it.plan[it.at + 1][2] <= now:
                 it.at += 1
                 at = it.born + it.plan[it.at][2]
-                self.new_moves.append([it.rid, it.stage, it.iid, now - at, it.attempts - 1, it.written(now)])
+                self.new_moves.append([it.rid, it.stage, it.iid, now - at, it.attempts, it.written(now)])
             if it.at == len(it.plan) - 1:
                 del self.open[it.rid]
                 self.end(it)
@@ -201,7 +201,7 @@ class World:
     def first(self, message: dict) -> dict:
         """The same for who has just come."""
         now = message["now"]
-        moves = [[it.rid, it.stage, it.iid, 0.0, it.attempts - 1, 0] for it in self.open.values() if it.at >= 0]
+        moves = [[it.rid, it.stage, it.iid, 0.0, it.attempts, 0] for it in self.open.values() if it.at >= 0]
         ended = [fields | {"age_s": now - at} for at, fields in self.ended]
         events = [[kind, iid, now - at, note] for at, kind, iid, note in self.events]
         return message | {"moves": moves, "ended": ended, "events": events, "history": [*self.points]}
@@ -213,9 +213,9 @@ class World:
         done = it.at == len(it.plan) - 1
         age = now - it.born
         ends = [start for _, _, start in it.plan[1:]]
-        spans = [[stage, it.attempts - 1, iid, start, min(end, age) - start]
+        spans = [[stage, it.attempts, iid, start, min(end, age) - start]
                  for (stage, iid, start), end in zip(it.plan, ends, strict=False) if start < age]  # fmt: skip
-        first, second, where = it.plan[0][1], it.plan[-1][1], it.attempts - 1
+        first, second, where = it.plan[0][1], it.plan[-1][1], it.attempts
         begun, ready, begin = it.plan[1][2], it.plan[2][2], it.plan[4][2]
         chunks = -(-it.prompt // 512)
         each = (ready - begun) / chunks

@@ -9,20 +9,19 @@ const order = new Intl.Collator("en", { numeric: true });
 class Card {
   constructor(iid, open) {
     this.iid = iid;
-    const part = (name) => (this[name] = make("span", { className: name }));
-    const fact = (label, name) => make("span", { className: "fact" }, make("span", { className: "label" }, `${label} `), part(name));
-    this.button = make("button", { type: "button", className: "card" },
-      make("span", { className: "top" }, make("b", {}, iid), " ", part("role"), " ", fact("busy", "busy")),
-      make("span", { className: "load" }, part("loadBar")),
-      make("span", { className: "memory" }, part("memoryBar")),
-      make("span", { className: "facts" }, fact("KV", "kv"), " ", part("blocks")),
-      make("span", { className: "marks" }, part("queuedMarks"), part("heavyMarks"), part("lightMarks"), part("waitingMarks")),
-      make("span", { className: "facts" }, part("decodes")),
-      make("span", { className: "facts grid" }, fact("queue", "queue"), " ", fact("fill", "fill"), " ", fact("batch", "batch"), " ", fact("step", "step")),
-      part("note"));
+    const part = (name) => (this[name] = make(`span.${name}`));
+    const fact = (label, name) => make(`span.fact.${name}-fact`, make("span.label", `${label} `), part(name));
+    this.button = make("button.card", { type: "button" },
+      make("span.top", make("b", iid), " ", part("role"), " ", fact("busy", "busy")),
+      make("span.load", part("loadBar")),
+      make("span.memory", part("memoryBar")),
+      make("span.facts", fact("KV", "kv"), " ", make("span.label", part("blocks"), make("span.unit", " blocks"))),
+      make("span.marks", part("queuedMarks"), part("heavyMarks"), part("lightMarks"), part("waitingMarks")),
+      make("span.facts.words", part("decodes")),
+      make("span.facts.grid", fact("queue", "queue"), " ", fact("fill", "fill"), " ", fact("batch", "batch"), " ", fact("step", "step")));
     this.button.addEventListener("click", () => open(iid));
     this.button.id = `card-${iid}`;
-    this.item = make("li", {}, this.button);
+    this.item = make("li", this.button);
   }
 
   show(it) {
@@ -32,25 +31,25 @@ class Card {
     const light = Math.max(0, it.running + it.waiting - it.heavy);
     mark(this.button, "role", it.role);
     mark(this.button, "state", it.state);
-    write(this.role, it.state === "ready" ? it.role : `${it.role}, ${it.state}`);
+    write(this.role, it.state === "ready" ? it.role : it.state);
     write(this.busy, percent(it.busy));
     style(this.loadBar, "--part", it.busy.toFixed(2));
     write(this.kv, percent(used));
     style(this.memoryBar, "--part", used.toFixed(3));
-    write(this.blocks, `${count(it.blocks - it.free)} of ${count(it.blocks)} blocks`);
+    write(this.blocks, `${count(it.blocks - it.free)} / ${count(it.blocks)}`);
     this.marks(it, light);
-    write(this.decodes, this.words(it, light));
+    write(this.decodes, it.note || this.words(it, light));
+    mark(this.decodes, "noted", it.note !== "");
     write(this.queue, seconds(it.queued_s));
     write(this.fill, percent(it.fill));
     write(this.batch, short(it.batch));
     write(this.step, this.steps(it));
-    write(this.note, it.note);
     this.button.title = it.note;
   }
 
   marks(it, light) { // heavy and light count those that wait too: hollow marks say how many of all wait
     const all = it.queued + it.heavy + light;
-    style(this.button, "--step", all > MARKS ? (MARKS / all).toFixed(3) : 1);
+    style(this.queuedMarks.parentNode, "--step", all > MARKS ? (MARKS / all).toFixed(3) : 1);
     style(this.queuedMarks, "--n", it.queued);
     style(this.heavyMarks, "--n", it.heavy);
     style(this.lightMarks, "--n", light);
@@ -59,10 +58,10 @@ class Card {
 
   words(it, light) {
     const parts = [];
-    if (it.queued) parts.push(`${it.queued} queued`);
-    if (it.heavy) parts.push(`${it.heavy} heavy`);
-    if (light) parts.push(`${light} light`);
-    if (it.waiting) parts.push(`${it.waiting} waiting`);
+    if (it.queued) parts.push(`${it.queued}\u00a0queued`);
+    if (it.heavy) parts.push(`${it.heavy}\u00a0heavy`);
+    if (light) parts.push(`${light}\u00a0light`);
+    if (it.waiting) parts.push(`${it.waiting}\u00a0waiting`);
     return parts.join(" · ") || "no request";
   }
 
@@ -107,10 +106,6 @@ export function showInstances(instances, open) { // returns whether anything has
   const sizes = Object.entries(banks).map(([role, wanted]) => fill(role, wanted));
   const [prefill, mixed, decode] = sizes;
   find("bank-mixed").hidden = mixed === 0;
-  find("none-prefill").hidden = prefill > 0;
-  find("none-decode").hidden = decode > 0;
-  write(find("none-prefill"), mixed ? "Mixed instances do this" : "No instance in this role");
-  write(find("none-decode"), mixed ? "Mixed instances do this" : "No instance in this role");
   write(find("h-mixed"), mixed ? "Mixed" : "KV");
   mark(find("banks"), "mixed", mixed === 0 ? "none" : prefill + decode === 0 ? "all" : "some");
   write(find("n-bytes"), `${bytes(instances.reduce((sum, it) => sum + it.received_bytes_s, 0))}/s`);

@@ -3,13 +3,13 @@
 import { ago, colour, find, make, none, seconds, short, write } from "./dom.js";
 
 const SPANS = [120, 300, 600]; // seconds
-const LEFT = 44, BOTTOM = 18, TOP = 8;
+const LEFT = 50, BOTTOM = 18, TOP = 8;
 
-export const TRENDS = [
-  { name: "ttft", title: "TTFT", about: "time to the first token", lines: ["p50", "p99"], show: seconds },
-  { name: "tpot", title: "TPOT", about: "time per output token after the first", lines: ["p50", "p99"], show: seconds },
-  { name: "tokens_s", title: "Throughput", about: "output tokens per second", lines: ["tokens/s"], show: short },
-  { name: "queue", title: "Queue", about: "time in the queue, mean", lines: ["predicted", "real"], show: seconds },
+const TRENDS = [
+  { title: "TTFT", about: "time to the first token", lines: ["p50", "p99"], values: (p) => p.ttft ?? [], show: seconds },
+  { title: "TPOT", about: "time per output token after the first", lines: ["p50", "p99"], values: (p) => p.tpot ?? [], show: seconds },
+  { title: "Throughput", about: "output tokens per second", lines: ["tokens/s"], values: (p) => [p.tokens_s], show: short },
+  { title: "Queue", about: "mean time in the queue", lines: ["predicted", "real"], values: (p) => p.queue ?? [], show: seconds },
 ];
 
 export function spanOf(points, now) {
@@ -17,7 +17,7 @@ export function spanOf(points, now) {
   return SPANS.find((span) => age <= span) ?? SPANS.at(-1);
 }
 
-export function sized(canvas) { // a pen whose unit is one pixel of the page
+function sized(canvas) { // a pen whose unit is one pixel of the page
   const { clientWidth: width, clientHeight: height } = canvas, scale = Math.min(devicePixelRatio, 2);
   const w = Math.round(width * scale), h = Math.round(height * scale);
   if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
@@ -36,7 +36,7 @@ export function ceiling(top) { // the next of 1, 2, 5, 10, 20, ...
 
 function axes({ pen, width, height }, top, show, span) {
   const bottom = height - BOTTOM;
-  pen.strokeStyle = colour("grid");
+  pen.strokeStyle = colour("edge");
   pen.fillStyle = colour("dim");
   pen.lineWidth = 1;
   pen.textBaseline = "middle";
@@ -56,72 +56,63 @@ function axes({ pen, width, height }, top, show, span) {
   pen.fillText("now", width, height - 3);
 }
 
-// Draws lines of [at, value or null]; gaps stay gaps. `tones`: names of colours.
-export function drawChart(canvas, { lines, tones, show, now, span, top, events = [] }) {
-  const area = sized(canvas), { pen, width, height } = area;
-  const highest = top ?? ceiling(Math.max(0, ...lines.flat().map(([, value]) => value ?? 0)));
-  axes(area, highest, show, span);
-  const x = (at) => LEFT + (1 - (now - at) / span) * (width - LEFT);
-  const y = (value) => height - BOTTOM - Math.min(value / highest, 1) * (height - BOTTOM - TOP);
-  for (const [at, tone] of events) {
-    if (now - at > span) continue;
-    pen.fillStyle = colour(tone);
-    pen.globalAlpha = 0.55;
-    pen.fillRect(Math.round(x(at)), TOP, 1, height - BOTTOM - TOP);
-  }
-  pen.globalAlpha = 1;
-  lines.forEach((line, i) => {
-    pen.strokeStyle = pen.fillStyle = colour(tones[i]);
-    pen.lineWidth = i ? 1.2 : 1.8;
-    pen.setLineDash(i ? [4, 2] : []);
-    let last = null;
-    pen.beginPath();
-    for (const [at, value] of line) {
-      if (value == null || now - at > span) continue;
-      if (last !== null && at - last < 4) pen.lineTo(x(at), y(value));
-      else { pen.moveTo(x(at), y(value)); pen.lineTo(x(at) + 1, y(value)); }
-      last = at;
-    }
-    pen.stroke();
-  });
-  pen.setLineDash([]);
-}
-
-class Trend {
-  constructor(trend) {
-    Object.assign(this, trend, { hover: null });
-    this.values = trend.lines.map(() => make("b", {}, none));
-    const legend = trend.lines.map((name, i) => make("span", { className: `line-${i}` }, `${name} `, this.values[i]));
-    this.canvas = make("canvas", { role: "img", "aria-label": `${trend.title}: ${trend.about}` });
-    this.when = make("span", { className: "dim when" });
-    this.node = make("figure", { className: "panel" },
-      make("figcaption", {}, make("h3", { title: trend.about }, trend.title), this.when, make("span", { className: "values" }, ...legend)), this.canvas);
+// A figure with lines over time. `values`: a point -> the value of each line, null or undefined for none.
+export class Chart {
+  constructor({ title, about = "", lines, values, show, top }) {
+    Object.assign(this, { title, about, lines, values, show, top, hover: null });
+    this.texts = lines.map(() => make("b", none));
+    this.canvas = make("canvas", { role: "img" });
+    this.when = make("span.dim.when");
+    const legend = lines.map((name, i) => make(`span.line-${i}`, `${name} `, this.texts[i]));
+    this.node = make("figure.panel",
+      make("figcaption", make("h3", { title: about }, title), this.when, make("span.values", ...legend)), this.canvas);
     this.canvas.addEventListener("pointermove", (event) => { this.hover = event.offsetX; this.draw(); });
     this.canvas.addEventListener("pointerleave", () => { this.hover = null; this.draw(); });
   }
 
-  line(i, points) {
-    const value = (point) => (this.lines.length === 1 ? point[this.name] : point[this.name]?.[i] ?? null);
-    return points.map((point) => [point.at, value(point)]);
+  draw(state = this.state) { // {points, now, span, events: [at, tone]}
+    this.state = state;
+    if (!state || !this.canvas.clientWidth) return;
+    const { points, now, span } = state, rows = points.filter(({ at }) => now - at <= span).map((point) => [point.at, this.values(point)]);
+    this.drawLines(rows, state);
+    const at = this.hover === null ? now : now - span * (1 - Math.max(0, this.hover - LEFT) / (this.canvas.clientWidth - LEFT));
+    write(this.when, this.hover === null ? "" : ago(now - at));
+    const texts = this.lines.map((_, i) => this.show(rows.findLast(([t, row]) => row[i] != null && t <= at + 0.5 && t > at - 10)?.[1][i]));
+    texts.forEach((text, i) => write(this.texts[i], text));
+    this.canvas.setAttribute("aria-label", `${this.title} ${this.about}: ${texts.map((text, i) => `${this.lines[i]} ${text}`).join(", ")}`);
   }
 
-  draw(state = this.state) {
-    if (!state || !this.canvas.clientWidth) return;
-    this.state = state;
-    const { points, now, span, events } = state, lines = this.lines.map((_, i) => this.line(i, points));
-    const tones = ["line-0", "line-1"];
-    drawChart(this.canvas, { lines, tones, show: this.show, now, span, events });
-    const width = this.canvas.clientWidth - LEFT;
-    const at = this.hover === null ? now : now - span * (1 - Math.max(0, this.hover - LEFT) / width);
-    write(this.when, this.hover === null ? "" : ago(now - at));
-    const within = (line) => line.filter(([t, v]) => v != null && t <= at + 0.5 && t > at - 10).at(-1)?.[1];
-    const found = lines.map(within);
-    this.values.forEach((node, i) => write(node, this.show(found[i])));
-    this.canvas.setAttribute("aria-label", `${this.title}, ${this.about}: ${this.lines.map((name, i) => `${name} ${this.show(found[i])}`).join(", ")}`);
+  drawLines(rows, { now, span, events = [] }) {
+    const area = sized(this.canvas), { pen, width, height } = area;
+    const highest = this.top ?? ceiling(Math.max(0, ...rows.flatMap(([, row]) => row.map((value) => value ?? 0))));
+    const x = (at) => LEFT + (1 - (now - at) / span) * (width - LEFT);
+    const y = (value) => height - BOTTOM - Math.min(value / highest, 1) * (height - BOTTOM - TOP);
+    axes(area, highest, this.show, span);
+    pen.globalAlpha = 0.55;
+    for (const [at, tone] of events) {
+      pen.fillStyle = colour(tone);
+      if (now - at <= span) pen.fillRect(Math.round(x(at)), TOP, 1, height - BOTTOM - TOP);
+    }
+    pen.globalAlpha = 1;
+    this.lines.forEach((_, i) => {
+      let last = -1e9;
+      pen.strokeStyle = colour(`line-${i}`);
+      pen.lineWidth = i ? 1.2 : 1.8;
+      pen.setLineDash(i ? [4, 2] : []);
+      pen.beginPath();
+      for (const [at, row] of rows) {
+        if (row[i] == null) continue;
+        if (at - last >= 4) pen.moveTo(x(at) - 1, y(row[i])); // gaps stay gaps
+        pen.lineTo(x(at), y(row[i]));
+        last = at;
+      }
+      pen.stroke();
+    });
+    pen.setLineDash([]);
   }
 }
 
-const trends = TRENDS.map((trend) => new Trend(trend));
+const trends = TRENDS.map((trend) => new Chart(trend));
 find("charts").append(...trends.map((trend) => trend.node));
 
 export const drawTrends = (state) => trends.forEach((trend) => trend.draw(state));
@@ -131,23 +122,21 @@ export const TONES = { joined: "good", back: "good", healed: "good", lost: "bad"
 export function drawLine(canvas, events, now, span) { // [at, kind, iid]
   const { pen, width, height } = sized(canvas), y = 16;
   const x = (at) => 8 + (1 - (now - at) / span) * (width - 16);
-  pen.fillStyle = colour("grid");
+  pen.fillStyle = colour("edge");
   pen.fillRect(8, y, width - 16, 2);
   pen.textAlign = "center";
-  for (let back = 0; back <= span; back += span / (width < 500 ? 2 : 5)) {
+  for (let back = 0, parts = width < 500 ? 2 : span === 120 ? 4 : 5; back <= span; back += span / parts) {
     pen.fillStyle = colour("dim");
     pen.fillRect(Math.round(x(now - back)), y - 3, 1, 8);
     pen.textAlign = back === 0 ? "right" : back === span ? "left" : "center";
-    pen.fillText(back ? `−${back >= 60 ? `${+(back / 60).toFixed(1)} min` : `${back} s`}` : "now", x(now - back) + (back === 0 ? 6 : back === span ? -6 : 0), height - 3);
+    pen.fillText(back ? `−${span > 120 ? `${back / 60} min` : `${back} s`}` : "now", x(now - back) + (back === 0 ? 6 : back === span ? -6 : 0), height - 3);
   }
+  pen.textAlign = "center";
+  pen.font = pen.font.replace("11px", "17px");
   for (const [at, kind] of events) {
     if (now - at > span) continue;
-    pen.fillStyle = pen.strokeStyle = colour(TONES[kind] ?? "dim");
-    pen.lineWidth = 2;
-    pen.beginPath();
-    const cx = x(at), cy = y + 1;
-    if (TONES[kind] === "bad") { pen.moveTo(cx - 5, cy - 5); pen.lineTo(cx + 5, cy + 5); pen.moveTo(cx + 5, cy - 5); pen.lineTo(cx - 5, cy + 5); pen.stroke(); }
-    else if (kind === "role") { pen.moveTo(cx, cy - 7); pen.lineTo(cx + 7, cy); pen.lineTo(cx, cy + 7); pen.lineTo(cx - 7, cy); pen.fill(); }
-    else { pen.arc(cx, cy, 5, 0, 7); pen.fill(); }
+    const tone = TONES[kind] ?? "dim";
+    pen.fillStyle = colour(tone);
+    pen.fillText({ bad: "✖", accent: "◆" }[tone] ?? "●", x(at), y + 6);
   }
 }

@@ -1,6 +1,6 @@
 // The dialogs: the waterfall of a request, and the load of an instance over time.
 
-import { drawChart, spanOf } from "./charts.js";
+import { Chart, ceiling, spanOf } from "./charts.js";
 import { bytes, count, find, make, none, percent, ratio, seconds, short, style, write } from "./dom.js";
 import { ask } from "./stream.js";
 
@@ -17,111 +17,91 @@ async function present(title, load) {
   const mine = (shown = {});
   clearTimeout(again);
   write(find("h-detail"), title);
-  body.replaceChildren(make("p", { className: "dim" }, "loading …"));
+  body.replaceChildren(make("p.dim", "loading …"));
   if (!dialog.open) dialog.showModal();
   const repeat = async () => {
     let more = true;
     try {
       more = await load(() => shown === mine);
     } catch (error) {
-      if (shown === mine) body.replaceChildren(make("p", {}, error.message));
+      if (shown === mine) body.replaceChildren(make("p", error.message));
     }
     if (shown === mine && more) again = setTimeout(repeat, AGAIN_MS);
   };
   await repeat();
 }
 
+function refill(...nodes) { // an open table stays open, and what has the focus keeps it
+  const { open } = body.querySelector("details") ?? {}, focused = body.contains(document.activeElement) && document.activeElement.id;
+  body.replaceChildren(...nodes);
+  body.querySelector("details").open = open ?? false;
+  if (focused) find(focused)?.focus();
+}
+
 function factList(pairs) {
-  const list = make("dl", { className: "list" });
-  for (const [name, value] of pairs) if (value !== null) list.append(make("div", {}, make("dt", {}, name), make("dd", {}, value)));
+  const list = make("dl");
+  for (const [name, value] of pairs) if (value !== null) list.append(make("div", make("dt", name), make("dd", value)));
   return list;
 }
 
 function tableOf(title, heads, rows) {
-  const kept = rows.slice(0, MOST_ROWS).map((row) => make("tr", {}, ...row.map((text) => make("td", {}, text))));
-  if (rows.length > MOST_ROWS) kept.push(make("tr", {}, make("td", { colSpan: heads.length }, `and ${rows.length - MOST_ROWS} more`)));
-  const table = make("table", {}, make("thead", {}, make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)))), make("tbody", {}, ...kept));
-  return make("details", {}, make("summary", {}, title), table);
+  const kept = rows.slice(0, MOST_ROWS).map((row) => make("tr", ...row.map((text) => make("td", text))));
+  if (rows.length > MOST_ROWS) kept.push(make("tr", make("td", { colSpan: heads.length }, `and ${rows.length - MOST_ROWS} more`)));
+  const head = make("tr", ...heads.map((text) => make("th", { scope: "col" }, text)));
+  return make("details", make("summary", { id: "as-table" }, title), make("table", make("thead", head), make("tbody", ...kept)));
 }
 
 // ---- a request
 
-const INSTANTS = ["offered", "granted", "deferred", "refused", "preempted", "retry", "migrated"];
+const LANES = { chunk: "chunks", recompute: "recomputed", export: "KV out", fetch: "KV in" };
+const BAD = ["retry", "refused", "preempted"];
 
 function wordsOf([kind, , attempt, , , , peer, first, last, size, note]) {
   const with_ = {
     chunk: `tokens ${first} to ${last}, ${size} in the step`, recompute: `tokens ${first} to ${last} again, ${size} in the step`,
     export: `KV chunk ${size}, blocks ${first} to ${last}`, fetch: `from ${peer}, blocks ${first} to ${last}, ${bytes(size)}`,
     offered: `to ${peer}`, granted: `by ${peer}`, deferred: `by ${peer}`, refused: `by ${peer}`, migrated: `from ${peer}`,
-    retry: `attempt ${attempt + 1}`,
+    retry: `attempt ${attempt}`,
   }[kind];
   return [with_, note].filter((part) => part).join(": ");
 }
 
-function lanesOf(it) { // name -> bars: {start, seconds, tone, text}
+function spansOf(it) { // {lane, start, span, iid, what, more, tone}, by lane
+  const stages = it.stages.map(([what, attempt, iid, start, span]) =>
+    ({ lane: it.attempts > 1 ? `attempt ${attempt}` : "stages", start, span, iid, what, more: `attempt ${attempt}`, tone: what }));
+  const events = it.events.map((event) => {
+    const [what, , , start, iid, span] = event, lane = LANES[what] && `${iid} ${LANES[what]}`;
+    return { lane: lane ?? "events", start, span, iid, what, more: wordsOf(event), tone: lane ? what : BAD.includes(what) ? "bad" : "event" };
+  }).sort((a, b) => a.start - b.start);
+  const steps = it.steps.map(([start, span, iid, tokens, batch, chunk]) =>
+    ({ lane: `${iid} steps`, start, span, iid, what: "step", more: `${tokens} tokens, batch ${batch}${chunk ? `, beside a chunk of ${chunk}` : ""}`, tone: "decode" }));
+  return [...stages, ...events.filter(({ lane }) => lane !== "events"), ...steps, ...events.filter(({ lane }) => lane === "events")];
+}
+
+function waterfall(spans, until) {
+  const words = ({ what, iid, span, more }) => [what, iid, span ? seconds(span) : "", more].filter((part) => part).join(", ");
+  const figure = make("div.waterfall", { role: "img", ariaLabel: `The first ${seconds(until)}. ${spans.filter(({ what, tone }) => what === tone).map(words).join("; ")}` });
   const lanes = new Map();
-  const add = (name, bar) => lanes.set(name, [...(lanes.get(name) ?? []), bar]);
-  for (const [stage, attempt, iid, start, span] of it.stages) {
-    const text = `${stage}${iid ? ` on ${iid}` : ""}, ${seconds(span)}`;
-    add(it.attempts > 1 ? `attempt ${attempt + 1}` : "stages", { start, seconds: span, tone: stage, text, label: stage });
-  }
-  const events = [...it.events].sort((a, b) => a[3] - b[3]);
-  for (const event of events) {
-    const [kind, , , start, iid, span] = event, text = `${kind} ${wordsOf(event)}${span ? `, ${seconds(span)}` : ""}`;
-    if (INSTANTS.includes(kind)) continue;
-    const name = { chunk: "chunks", recompute: "recomputed", export: "KV out", fetch: "KV in" }[kind] ?? kind;
-    add(`${iid} ${name}`, { start, seconds: span, tone: kind, text });
-  }
-  for (const [start, span, iid, tokens, batch, chunk] of it.steps) {
-    add(`${iid} steps`, { start, seconds: span, tone: "decode", text: `${tokens} tokens in ${seconds(span)}, batch ${batch}${chunk ? `, beside a chunk of ${chunk}` : ""}` });
-  }
-  for (const event of events.filter(([kind]) => INSTANTS.includes(kind))) {
-    const bad = ["retry", "refused", "preempted"].includes(event[0]);
-    add("events", { start: event[3], seconds: 0, tone: bad ? "bad" : "instant", text: `${event[0]} ${wordsOf(event)}` });
-  }
-  return lanes;
-}
-
-function endOf(it) {
-  const ends = [...it.stages.map((s) => s[3] + s[4]), ...it.events.map((e) => e[3] + e[5]), ...it.steps.map((s) => s[0] + s[1])];
-  return Math.max(it.jct_s ?? 0, 1e-6, ...ends);
-}
-
-function tickOf(until) {
-  const unit = 10 ** Math.floor(Math.log10(until / 4));
-  return [1, 2, 5, 10].map((n) => n * unit).find((step) => until / step <= 5);
-}
-
-function waterfall(it, until) {
-  const figure = make("div", { className: "waterfall", role: "img" });
-  figure.setAttribute("aria-label", `Waterfall of ${seconds(until)}: ${it.stages.map(([s, , iid, , span]) => `${s} ${iid} ${seconds(span)}`).join(", ")}`);
-  const place = (node, start, span) => {
+  const lane = (name, kind) => {
+    if (!lanes.has(name)) {
+      lanes.set(name, make(`div.track${kind}`));
+      figure.append(make("div.lane", make("span.name", name), lanes.get(name)));
+    }
+    return lanes.get(name);
+  };
+  const place = (track, node, start, span) => {
     style(node, "left", `${(100 * start) / until}%`);
     if (span) style(node, "width", `${(100 * Math.min(span, until - start)) / until}%`);
-    return node;
+    track.append(node);
   };
-  const axis = make("div", { className: "track axis" });
-  for (let at = 0, step = tickOf(until); at <= until * 1.0001; at += step) axis.append(place(make("span", {}, seconds(+at.toPrecision(6))), at));
-  figure.append(make("div", { className: "lane" }, make("span", { className: "name" }), axis));
-  for (const [name, bars] of lanesOf(it)) {
-    const track = make("div", { className: "track" });
-    for (const bar of bars) {
-      if (bar.start > until) continue;
-      const wide = Math.min(bar.seconds, until - bar.start) / until > 0.09;
-      const node = make("i", { className: bar.seconds || bar.label ? "bar" : "point", title: `${bar.text}; at ${seconds(bar.start)}` }, wide && bar.label ? bar.label : "");
-      node.dataset.tone = bar.tone;
-      track.append(place(node, bar.start, bar.seconds));
-    }
-    figure.append(make("div", { className: "lane" }, make("span", { className: "name" }, name), track));
+  for (let at = 0, step = ceiling(until / 5); at <= until * 1.0001; at += step) place(lane("", ".axis"), make("span", seconds(+at.toPrecision(6))), at);
+  for (const it of spans.filter(({ start }) => start <= until)) {
+    const label = it.what === it.tone && Math.min(it.span, until - it.start) > until * 0.09 ? it.what : "";
+    const node = make(it.lane === "events" ? "i.point" : "i.bar", { title: `${words(it)}; at ${seconds(it.start)}` }, label);
+    node.dataset.tone = it.tone;
+    place(lane(it.lane, ""), node, it.start, it.span);
   }
   return figure;
-}
-
-function rowsOf(it) {
-  const rows = it.stages.map(([stage, attempt, iid, start, span]) => [start, span, iid, stage, `attempt ${attempt + 1}`]);
-  rows.push(...it.events.map((e) => [e[3], e[5], e[4], e[0], wordsOf(e)]));
-  rows.push(...it.steps.map(([start, span, iid, tokens, batch]) => [start, span, iid, "step", `${tokens} tokens, batch ${batch}`]));
-  return rows.sort((a, b) => a[0] - b[0]).map(([start, span, ...rest]) => [seconds(start), span ? seconds(span) : none, ...rest]);
 }
 
 function factsOf(it) {
@@ -130,29 +110,23 @@ function factsOf(it) {
     ["ended", it.reason ?? `open: ${it.stage}`], ["TTFT", seconds(it.ttft_s)], ["TPOT", seconds(tpot)], ["JCT", seconds(it.jct_s)],
     ["tokens in", count(it.prompt_tokens)], ["out", count(it.outputs)], ["attempts", count(it.attempts)],
     ["KV moved", got && got.kv_bytes != null ? `${bytes(got.kv_bytes)} over ${got.transport}` : null],
-    ["adopted", got && got.adopted != null ? count(got.adopted) : null], ["recomputed", got && got.recomputed != null ? count(got.recomputed) : null],
-    ["preempted", got?.preempted ? count(got.preempted) : null], ["error", it.error ?? null],
+    ["adopted", got && count(got.adopted)], ["recomputed", got && count(got.recomputed)], ["preempted", got?.preempted ? count(got.preempted) : null],
+    ["error", it.error],
   ]);
 }
 
 function showTimeline(it, view) {
-  const end = endOf(it), first = it.ttft_s;
+  const spans = spansOf(it), first = it.ttft_s, end = Math.max(it.jct_s ?? 1e-6, ...spans.map(({ start, span }) => start + span));
+  const rows = [...spans].sort((a, b) => a.start - b.start).map(({ start, span, iid, what, more }) => [seconds(start), span ? seconds(span) : none, iid, what, more]);
   const views = [["whole", end, "The whole request"], ["first", first && first * 1.1, "Until the first token"]].filter(([, until]) => until);
   const until = (views.find(([name]) => name === view.name) ?? views[0])[1];
   const buttons = views.map(([name, , title]) => {
-    const button = make("button", { type: "button", "aria-pressed": String((view.name ?? "whole") === name) }, title);
-    button.addEventListener("click", () => {
-      view.name = name;
-      showTimeline(it, view);
-      body.querySelector("[aria-pressed=true]")?.focus();
-    });
+    const button = make("button", { type: "button", id: `view-${name}`, "aria-pressed": String((view.name ?? "whole") === name) }, title);
+    button.addEventListener("click", () => { view.name = name; showTimeline(it, view); });
     return button;
   });
-  const left = it.left_out ? [make("p", { className: "dim" }, `${count(it.left_out)} events and steps were not kept`)] : [];
-  const opened = body.querySelector("details")?.open ?? false;
-  const table = tableOf("As a table", ["at", "took", "where", "what", "more"], rowsOf(it));
-  table.open = opened;
-  body.replaceChildren(factsOf(it), make("p", { className: "views" }, ...buttons), waterfall(it, until), ...left, table);
+  const left = it.left_out ? [make("p.dim", `${count(it.left_out)} events and steps were not kept`)] : [];
+  refill(factsOf(it), make("p.views", ...buttons), waterfall(spans, until), ...left, tableOf("As a table", ["at", "took", "where", "what", "more"], rows));
 }
 
 async function timeline(id) { // the id of a further choice ends with its number
@@ -166,9 +140,8 @@ export function explain(id) {
   return present(`Request ${id}`, async (current) => {
     const it = await timeline(id);
     if (!current()) return false;
-    if (it === null) body.replaceChildren(make("p", {}, "No such request is known: it never was, or it ended too long ago."));
-    else if (!body.contains(document.activeElement) || document.activeElement === body || !view.shown) showTimeline(it, view);
-    view.shown = true;
+    if (it === null) body.replaceChildren(make("p", "No such request is known: it never was, or it ended too long ago."));
+    else showTimeline(it, view);
     return it !== null && it.reason === null;
   });
 }
@@ -176,11 +149,12 @@ export function explain(id) {
 // ---- an instance
 
 const LOADS = [
-  { title: "Requests", lines: ["running", "waiting", "queued"], show: short },
-  { title: "KV memory in use", lines: ["used"], show: percent, top: 1 },
-  { title: "Busy and chunk fill", lines: ["busy", "fill"], show: percent, top: 1 },
-  { title: "Batch", lines: ["batch"], show: short },
+  { title: "Requests", lines: ["running", "waiting", "queued"], values: (p) => [p.running, p.waiting, p.queued], show: count },
+  { title: "KV memory in use", lines: ["used"], values: (p) => [p.used], show: percent, top: 1 },
+  { title: "Busy and chunk fill", lines: ["busy", "fill"], values: (p) => [p.busy, p.fill], show: percent, top: 1 },
+  { title: "Batch", lines: ["batch"], values: (p) => [p.batch], show: short },
 ];
+const HEADS = ["time", "role", "state", "queued", "waiting", "running", "KV", "busy"];
 
 function instanceFacts(it) {
   return factList([
@@ -192,35 +166,24 @@ function instanceFacts(it) {
   ]);
 }
 
-function loadFigures(points, now) {
-  const span = spanOf(points, now), figures = make("div", { className: "charts" }), draws = [];
-  for (const { title, lines, show, top } of LOADS) {
-    const canvas = make("canvas", { role: "img", "aria-label": `${title}: ${lines.map((name) => `${name} ${show(points.at(-1)?.[name])}`).join(", ")}` });
-    const legend = lines.map((name, i) => make("span", { className: `line-${i}` }, `${name} `, make("b", {}, show(points.at(-1)?.[name]))));
-    figures.append(make("figure", { className: "panel" }, make("figcaption", {}, make("h3", {}, title), make("span", { className: "values" }, ...legend)), canvas));
-    draws.push(() => drawChart(canvas, { lines: lines.map((name) => points.map((p) => [p.at, p[name] ?? null])), tones: ["line-0", "line-1", "line-2"], show, now, span, top }));
-  }
-  return [figures, () => draws.forEach((draw) => draw())];
+function loadRows(points) { // every tenth, newest first
+  return points.filter((_, i) => (points.length - 1 - i) % 10 === 0).reverse().map((p) =>
+    [new Date(p.at * 1000).toLocaleTimeString(), p.role, p.state, count(p.queued), count(p.waiting), count(p.running), percent(p.used), percent(p.busy)]);
 }
 
 export function instance(iid, latest) { // latest(iid): what the stream says now
+  const charts = LOADS.map((load) => new Chart(load)), figures = make("div.charts", ...charts.map((chart) => chart.node));
   return present(`Instance ${iid}`, async (current) => {
     const found = await ask(`live/instances/${encodeURIComponent(iid)}`), it = latest(iid);
     if (!current()) return false;
     if (found === null || !it) {
-      body.replaceChildren(make("p", {}, "This instance is not part of the deployment any more."));
+      body.replaceChildren(make("p", "This instance is not part of the deployment any more."));
       return false;
     }
     const points = found.points.map((p) => ({ ...p, used: it.blocks ? 1 - p.free / it.blocks : null }));
-    const [figures, draw] = loadFigures(points, points.at(-1)?.at ?? 0);
-    const opened = body.querySelector("details")?.open ?? false, focused = document.activeElement?.tagName === "SUMMARY";
-    const rows = points.filter((_, i) => (points.length - 1 - i) % 10 === 0).reverse()
-      .map((p) => [new Date(p.at * 1000).toLocaleTimeString(), p.role, p.state, count(p.queued), count(p.waiting), count(p.running), percent(p.used), percent(p.busy)]);
-    const table = tableOf("As a table, every 10 s", ["time", "role", "state", "queued", "waiting", "running", "KV", "busy"], rows);
-    table.open = opened;
-    body.replaceChildren(instanceFacts(it), figures, table);
-    draw();
-    if (focused) table.firstChild.focus();
+    const now = points.at(-1)?.at ?? 0, span = spanOf(points, now);
+    refill(instanceFacts(it), figures, tableOf("As a table, every 10 s", HEADS, loadRows(points)));
+    charts.forEach((chart) => chart.draw({ points, now, span }));
     return true;
   });
 }

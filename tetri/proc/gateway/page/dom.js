@@ -2,14 +2,23 @@
 
 export const find = (id) => document.getElementById(id);
 
-export function make(tag, options = {}, ...children) {
-  const node = document.createElement(tag);
+// make("p.dim", {title: "x"}, "text"): an element with its classes; options and children may be left out.
+export function make(kind, ...rest) {
+  const [tag, ...classes] = kind.split("."), node = document.createElement(tag);
+  if (classes.length) node.className = classes.join(" ");
+  const options = rest[0]?.constructor === Object ? rest.shift() : {};
   for (const [name, value] of Object.entries(options)) {
     if (name in node) node[name] = value;
     else node.setAttribute(name, value);
   }
-  node.append(...children);
+  node.append(...rest);
   return node;
+}
+
+export function fit(parent, number, create) { // so many children; those that stay are the same
+  while (parent.children.length > number) parent.lastChild.remove();
+  while (parent.children.length < number) parent.append(create());
+  return [...parent.children];
 }
 
 export function write(node, text) {
@@ -29,7 +38,7 @@ export const colour = (name) => getComputedStyle(document.documentElement).getPr
 const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 export const none = "–";
 export const count = (x) => (x == null ? none : grouped.format(x));
-export const percent = (x) => (x == null ? none : `${Math.round(100 * x)} %`);
+export const percent = (x) => (x == null ? none : `${Math.round(100 * x)}%`);
 
 export function short(x) { // three digits: 0.82, 8.20, 82.0, 820, 8.2k
   if (x == null) return none;

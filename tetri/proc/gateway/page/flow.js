@@ -4,7 +4,7 @@ import { cardOf } from "./banks.js";
 import { colour, find } from "./dom.js";
 
 const MOST = 300; // dots at once; the numbers beside them count all
-const HOP_MS = 650, FRAME_MS = 30, LINE_MS = 8000;
+const HOP_MS = 650, FRAME_MS = 30, LINE_MS = 4000, MOST_LINES = 30;
 const ENDS = ["done", "failed", "cancelled"];
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -35,9 +35,9 @@ export function showMoves(moves, first) {
   const now = performance.now(), routes = new Map();
   for (const [rid, stage, iid, age, attempt] of moves) {
     const from = places.get(rid), ended = ENDS.includes(stage);
-    const route = routes.get(rid) ?? { stops: [from ?? "in"], age, attempt, stage };
+    const route = routes.get(rid) ?? { stops: [from ?? ""], age, attempt, stage };
     if (iid && iid !== route.stops.at(-1)) route.stops.push(iid);
-    if (ended) route.stops.push("out");
+    if (ended) route.stops.push("");
     Object.assign(route, { stage, attempt });
     routes.set(rid, route);
     if (ended) places.delete(rid);
@@ -53,34 +53,28 @@ function follow({ stops, attempt, stage }, now, delay) {
   stops.forEach((to, i) => {
     const from = stops[i - 1];
     if (i === 0 || from === to) return;
-    if (from !== "in" && to !== "out") lines.set(`${from} ${to}`, now);
+    if (from && to) {
+      lines.delete(`${from} ${to}`);
+      lines.set(`${from} ${to}`, now); // the newest are last
+    }
     if (still.matches || document.hidden || dots.length >= MOST) return;
-    const bad = stage === "failed" || (attempt > 0 && to !== "out");
-    dots.push({ from, to, start: now + delay + (i - 1) * HOP_MS, tone: bad ? "bad" : to === "out" ? "dim" : roleOf(to) });
+    const bad = stage === "failed" || (attempt > 1 && to);
+    dots.push({ from, to, start: now + delay + (i - 1) * HOP_MS, tone: bad ? "bad" : cardOf(to)?.dataset.role ?? "dim" });
   });
 }
 
-const roleOf = (iid) => cardOf(iid)?.dataset.role ?? "dim";
-
-function middle(name, box, other) {
-  if (name === "in" || name === "out") { // at the edge, on the height of the other end
-    const stacked = box.width < 700;
-    if (stacked) return { x: box.width / 2, y: name === "in" ? 0 : box.height };
-    return { x: name === "in" ? 0 : box.width, y: other.y };
-  }
-  const card = cardOf(name);
-  if (!card) return null;
-  const at = card.getBoundingClientRect();
-  return { x: at.left - box.left + at.width / 2, y: at.top - box.top + at.height / 2 };
+function middle(iid, box) {
+  const at = cardOf(iid)?.getBoundingClientRect();
+  return at && { x: at.left - box.left + at.width / 2, y: at.top - box.top + at.height / 2 };
 }
 
-function curve(from, to, box, seen) { // geometry is read once a frame for each pair
+function curve(from, to, box, seen) { // geometry is read once a frame for each pair; "" is outside
   const key = `${from} ${to}`;
   if (!seen.has(key)) {
-    const end = to === "out" ? null : middle(to, box), start = middle(from, box, end ?? {});
-    const last = end ?? middle(to, box, start ?? {});
-    const known = start && last && !Number.isNaN(start.y + last.y);
-    seen.set(key, known ? { start, end: last } : null);
+    const a = middle(from, box), b = middle(to, box), stacked = box.width < 700;
+    const start = from ? a : b && (stacked ? { x: box.width / 2, y: 0 } : { x: 0, y: b.y });
+    const end = to ? b : a && (stacked ? { x: box.width / 2, y: box.height } : { x: box.width, y: a.y });
+    seen.set(key, start && end && { start, end });
   }
   return seen.get(key);
 }
@@ -95,10 +89,11 @@ function point({ start, end }, t) { // a cubic curve that leaves and arrives lev
 }
 
 function drawLines(now, box, seen) {
+  for (const key of [...lines.keys()].slice(0, -MOST_LINES)) lines.delete(key);
   for (const [key, at] of lines) {
     const left = 1 - (now - at) / LINE_MS, path = left > 0 && curve(...key.split(" "), box, seen);
     if (!path) { lines.delete(key); continue; }
-    pen.globalAlpha = 0.12 + 0.33 * left;
+    pen.globalAlpha = 0.06 + 0.3 * left;
     pen.strokeStyle = colours.ink;
     pen.lineWidth = 1;
     pen.beginPath();

@@ -3,7 +3,7 @@
 import { showInstances } from "./banks.js";
 import { TONES, drawLine, drawTrends, spanOf } from "./charts.js";
 import * as detail from "./detail.js";
-import { ago, count, find, make, mark, write } from "./dom.js";
+import { ago, count, find, fit, make, mark, write } from "./dom.js";
 import * as flow from "./flow.js";
 import * as requests from "./requests.js";
 import { Stream, hasKey, keep, onRefused } from "./stream.js";
@@ -38,26 +38,18 @@ function link(is, text) {
 // ---- parts of a message
 
 function showNotes(notes) {
-  const list = find("notes");
-  list.hidden = notes.length === 0;
-  while (list.children.length > notes.length) list.lastChild.remove();
-  notes.forEach((text, i) => write(list.children[i] ?? list.appendChild(make("li")), text));
+  find("notes").hidden = notes.length === 0;
+  fit(find("notes"), notes.length, () => make("li")).forEach((item, i) => write(item, notes[i]));
 }
 
 function showEvents() {
-  const list = find("events"), shown = state.events.slice(-SHOWN_EVENTS).reverse();
-  while (list.children.length > Math.max(shown.length, 1)) list.lastChild.remove();
-  if (!shown.length) {
-    if (!list.children.length) list.append(make("li"));
-    list.firstChild.className = "dim";
-    list.firstChild.textContent = "No role change and no fault yet.";
-    return;
-  }
-  shown.forEach(([at, kind, iid, note], i) => {
-    const item = list.children[i]?.children.length ? list.children[i] : make("li", {}, make("span", { className: "dim" }), make("b"), make("span"));
-    if (list.children[i] !== item) list.children[i] ? list.children[i].replaceWith(item) : list.append(item);
+  const shown = state.events.slice(-SHOWN_EVENTS).reverse();
+  fit(find("events"), shown.length, () => make("li", make("span.dim"), make("b"), make("span"))).forEach((item, i) => {
+    const [at, kind, iid, note] = shown[i], [when, what, more] = item.children;
     mark(item, "tone", TONES[kind] ?? "dim");
-    [ago(Math.max(0, state.now - at)), `${iid || "all"} ${kind}`, note].forEach((text, k) => write(item.children[k], text));
+    write(when, ago(Math.max(0, state.now - at)));
+    write(what, `${iid || "all"} ${kind}`);
+    write(more, note);
   });
 }
 

@@ -1,8 +1,8 @@
 // The list of recent requests: open ones first, then ended ones, newest first.
 
-import { count, find, make, mark, none, seconds, write } from "./dom.js";
+import { count, find, fit, make, mark, none, seconds, write } from "./dom.js";
 
-const OPEN = 12, ROWS = 60; // rows
+const OPEN = 6, ROWS = 60; // rows
 const ENDS = ["done", "failed", "cancelled"];
 const FAILED = { cancelled: "cancelled", deadline: "failed", error: "failed" };
 
@@ -28,7 +28,7 @@ export function note({ moves, ended: ends }) {
   for (const [rid, stage, iid, , attempt, outputs] of moves) {
     const places = new Set([...(open.get(rid)?.places ?? []), ...(iid ? [iid] : [])]);
     open.delete(rid);
-    if (!ENDS.includes(stage)) open.set(rid, { rid, stage, attempts: attempt + 1, outputs, places });
+    if (!ENDS.includes(stage)) open.set(rid, { rid, stage, attempts: attempt, outputs, places });
   }
   for (const it of ends) {
     open.delete(it.rid);
@@ -39,8 +39,8 @@ export function note({ moves, ended: ends }) {
 }
 
 function makeRow() {
-  const button = make("button", { type: "button", className: "rid" });
-  const row = make("tr", {}, make("th", { scope: "row" }, button), ...Array.from({ length: 8 }, () => make("td")));
+  const button = make("button.rid", { type: "button" });
+  const row = make("tr", make("th", { scope: "row" }, button), ...Array.from({ length: 8 }, () => make("td")));
   row.addEventListener("click", () => explain(button.dataset.rid));
   return row;
 }
@@ -63,8 +63,5 @@ export function show() {
   const held = looking && list.matches(":hover, :focus-within");
   find("held").hidden = !held;
   if (held) return;
-  const body = find("requests");
-  while (body.rows.length < rows.length) body.append(makeRow());
-  while (body.rows.length > rows.length) body.lastChild.remove();
-  rows.forEach((it, i) => fillRow(body.rows[i], it));
+  fit(find("requests"), rows.length, makeRow).forEach((row, i) => fillRow(row, rows[i]));
 }
