@@ -31,4 +31,4 @@ def test_the_help_explains_every_title_that_is_not_plain():
     plain = {"instance", "role", "state", "blocks", "held", "KV paths", "note"}
     titles = {each.title for each in vars(columns).values() if isinstance(each, columns.Column)}
     assert {column.title for column in columns.MEANING} == titles - plain
-    assert "heavy      waiting and running" in meanings() and counted({"a": 1, "b": 2}) == "a 1, b 2"
+    assert "heavy       waiting and running" in meanings() and counted({"a": 1, "b": 2}) == "a 1, b 2"

@@ -4,7 +4,6 @@ import json
 
 import pytest
 from fake_broker import Scripted
-
 from observed import observation, timeline
 
 

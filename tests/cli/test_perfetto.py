@@ -2,8 +2,8 @@
 
 import msgspec
 import pytest
-
 from observed import EVENTS, event, timeline
+
 from tests.cli.trace_processor import query
 from tetri.cli.perfetto import trace
 from tetri.wire.observation import Timeline

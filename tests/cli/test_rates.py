@@ -1,8 +1,8 @@
 """Latencies and rates of the last seconds."""
 
 import pytest
-
 from observed import histogram, member, observation, typed
+
 from tetri.cli.rates import Window, since
 from tetri.wire.observation import Activity
 

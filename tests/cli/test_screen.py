@@ -3,9 +3,9 @@
 import io
 
 import pytest
+from observed import histogram, member, observation, typed
 from rich.console import Console
 
-from observed import histogram, member, observation, typed
 from tetri.cli.screen import Screen
 
 P0 = member("p0", "prefill", {"queued": 3, "queued_s": 0.42, "free_blocks": 50}, {"chunk_tokens": 1, "chunk_space": 4})

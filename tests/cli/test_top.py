@@ -8,9 +8,9 @@ import signal
 import termios
 
 import pytest
+from observed import member, observation
 
 from tests.cli.fakes import environment, start
-from observed import member, observation
 
 FOUND = observation(member("p0", "prefill"), member("d0", "decode"))
 
@@ -91,4 +91,4 @@ def test_without_a_deployment_it_says_so(run, place):
 
 
 def test_the_help_explains_the_columns(run):
-    assert "heavy      waiting and running requests" in run("top", "--help")[1]
+    assert "heavy       waiting and running requests" in run("top", "--help")[1]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 from fake_broker import STATUS, FakeBroker, Scripted, accepted, done
-
 from observed import observation, timeline
+
 from tests.client.script import FAST, refused
 from tetri.client import BadRequest, Operator, RequestRefused, Unreachable
 

@@ -72,7 +72,7 @@ def cells(columns: Sequence[Column], instance: InstanceStatus, activity: Activit
 
 def meanings() -> str:
     """The titles of the columns and what they tell, for the help of a command."""
-    return "\n".join(["\b", *(f"{column.title:<11}{text}" for column, text in MEANING.items())])
+    return "\n".join(["\b", *(f"{column.title:<12}{text}" for column, text in MEANING.items())])
 
 
 def _ratios(instance: InstanceStatus) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 import select
 import signal
@@ -51,7 +52,7 @@ def command(interval: float, once: bool, as_json: bool, conf: Path | None, overr
         _follow(looks, interval)
 
 
-command.help = f"{command.help}\n\n{meanings()}"
+command.help = f"{inspect.cleandoc(command.help or '')}\n\n{meanings()}"
 
 
 class _Looks:

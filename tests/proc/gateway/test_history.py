@@ -1,7 +1,7 @@
 """The last minutes, from Observations one second apart."""
 
 import pytest
-from observed import histogram, observation, worker
+from observations import histogram, observation, worker
 
 from tetri.proc.gateway.history import IDLE, KEPT, History, InstancePoint, Point, Rates, added
 

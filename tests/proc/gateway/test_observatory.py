@@ -5,7 +5,7 @@ import json
 from contextlib import asynccontextmanager, suppress
 
 import pytest
-from observed import histogram, observation, worker
+from observations import histogram, observation, worker
 
 from tetri.client import Unreachable
 from tetri.proc.gateway import observatory
