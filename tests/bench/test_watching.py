@@ -23,17 +23,19 @@ def phase(tokens, gateway=0.0):
 def test_medians_and_limits():
     quiet = {"alone": phase(100), "idle": phase(100, 0.005), "page": phase(99, 0.012), "scrape": phase(99, 0.011)}
     rounds = [{**quiet, "both": phase(both, 0.02)} for both in (90, 98, 99)]
-    found = watching.figures(rounds)
+    found = watching.figures(rounds, 0.0004)
     assert found == {
         "rounds": 3,
         "broker_tok_cpu_s": {"alone": 100, "idle": 100, "page": 99, "scrape": 99, "both": 98},
         "gateway_percent": {"alone": 0.0, "idle": 0.5, "page": 1.2, "scrape": 1.1, "both": 2.0},
+        "observation_ms": 0.4,
         "ratio": {"median": 0.98, "low": 0.9, "high": 0.99},
         "ok": True,
     }
     assert watching.shown(found).splitlines()[-1] == "within the limits: yes"
     for bad in ({"both": phase(96)}, {"page": phase(99, 0.03)}, {"scrape": phase(99, 0.03)}):
-        assert not watching.figures([{**rounds[1], **bad}])["ok"]
+        assert not watching.figures([{**rounds[1], **bad}], 0.0004)["ok"]
+    assert not watching.figures(rounds, 0.001)["ok"]
 
 
 def state(pid):
@@ -71,4 +73,5 @@ def test_the_real_processes():
     found = json.loads(result.stdout)
     assert (found["instances"], found["streams"], found["rounds"]) == (3, 6, 1)
     assert all(value > 0 for value in found["broker_tok_cpu_s"].values())
+    assert found["observation_ms"] > 0
     assert found["gateway_percent"]["alone"] == 0 < found["gateway_percent"]["page"]
