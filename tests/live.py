@@ -12,6 +12,7 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,13 @@ def wait_until(condition: Callable[[], bool], what: str, seconds: float = PATIEN
             raise AssertionError(f"after {seconds} s: {what}")
         time.sleep(0.005)
     return time.monotonic() - start
+
+
+def free_port() -> int:
+    """A TCP port that nobody uses."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+        return port
 
 
 class LiveCluster:

@@ -55,7 +55,7 @@ PACKAGES = {
     "executor": package("core engine kv engine_request request instance wire"),
     "client": package("request wire config strict clock private", "zmq msgspec"),
     "proc": package(EVERYTHING, "click httptools msgspec prometheus_client supervisor starlette uvicorn uvloop"),
-    "cli": package(EVERYTHING, "click rich"),
+    "cli": package(EVERYTHING, "click rich msgspec"),  # a command reads what the broker answers as its records
     "__init__": package("client"),
 }
 # Inside a package -> what of the same package it may import besides itself. Prefill and decode know nothing of each
@@ -218,6 +218,8 @@ TESTED_ELSEWHERE = {
     "wire/clients": "wire/test_messages.py",
     "wire/events": "net/test_hub.py",
     "wire/handover": "wire/test_messages.py",
+    "wire/load": "wire/test_messages.py",
+    "wire/observation": "wire/test_messages.py",
     "proc/supervise": "proc/test_launch.py",
     "cli/predictor_scores": "cli/test_predictor_eval.py",
     "cli/predictor_train": "cli/test_predictor_eval.py",

@@ -81,8 +81,13 @@ def tell(line: str) -> None:
         _drop(sys.stderr)
 
 
+def harmless(text: str) -> str:
+    """A text of somebody else, with escapes for what a terminal would obey."""
+    return text.translate(_HARMFUL)
+
+
 def _harmless(text: str, stream: TextIO) -> str:
-    return text.translate(_HARMFUL) if stream.isatty() else text
+    return harmless(text) if stream.isatty() else text
 
 
 def _lost(name: str) -> bool:

@@ -1,8 +1,11 @@
 """The command line as a whole: wrong arguments, help, and what it imports."""
 
+import os
+import shlex
 import subprocess
 import sys
 
+import click
 import pytest
 
 from tests.cli.fakes import environment
@@ -54,6 +57,42 @@ def test_no_arguments_and_help(run):
     assert status == 2 and all(name in out for name in cli.COMMANDS)
     assert run("--help")[0] == 0
     assert run("--version")[1].startswith("tetri-cli")
+
+
+def commands(group, path=("tetri-cli",)):
+    """Every command below a group, with the names that call it."""
+    for name in group.list_commands(None):
+        command = group.get_command(None, name)
+        if isinstance(command, click.Group):
+            yield from commands(command, (*path, name))
+        else:
+            yield (*path, name), command
+
+
+def parsed(arguments):
+    """The names of the command that would run with these arguments. Raises UsageError."""
+    command, context, path = cli.group, None, ()
+    while isinstance(command, click.Group):
+        context = command.make_context(arguments[0], list(arguments[1:]), parent=context)
+        path = (*path, arguments[0])
+        _, command, rest = command.resolve_command(context, [*context._protected_args, *context.args])
+        arguments = [command.name, *rest]
+    command.make_context(arguments[0], arguments[1:], parent=context)
+    return (*path, command.name)
+
+
+def test_the_help_of_every_command_has_examples_that_parse(place, tmp_path, monkeypatch):
+    (tmp_path / "conf").mkdir()
+    for name in ("emulated.toml", "default.toml"):
+        (tmp_path / "conf" / name).touch()
+    monkeypatch.chdir(tmp_path)  # some options try whether they can write
+    for path, command in [((), cli.group), *commands(cli.group)]:
+        head, *lines = [line.strip() for line in (command.epilog or "").removeprefix("\b\n").splitlines()]
+        assert head == "Examples:" and lines, path
+        for line in lines:
+            line = os.path.expandvars(line.removeprefix('eval "$(').removesuffix(')"')).split(" < ")[0]
+            found = parsed(shlex.split(line, comments=True))
+            assert found == (path or found)
 
 
 @pytest.mark.parametrize(

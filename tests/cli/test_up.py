@@ -32,7 +32,7 @@ def test_up_tells_where_things_listen(run, place, monkeypatch):
     monkeypatch.setattr(launch, "up", fake_up)
     status, out, err = run("up", "--conf", EMULATED, "--set", "broker.clients=tcp://127.0.0.1:7777")
     assert status == 0 and "tcp://127.0.0.1:7777" in out and f"{place}/log" in out
-    assert "http     http://127.0.0.1:8000/v1\n" in out
+    assert "http     http://127.0.0.1:8000/v1\npage     http://127.0.0.1:8000\n" in out
     assert err == "p0 (prefill) is ready\n"
 
 

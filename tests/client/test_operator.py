@@ -4,6 +4,7 @@ import json
 
 import pytest
 from fake_broker import STATUS, FakeBroker, Scripted, accepted, done
+from observed import observation, timeline
 
 from tests.client.script import FAST, refused
 from tetri.client import BadRequest, Operator, RequestRefused, Unreachable
@@ -49,6 +50,17 @@ def test_a_request_of_any_client_ends_without_a_secret():
         operator.end("r9")
         with pytest.raises(RequestRefused, match="no such request"):
             operator.end("r8")
+
+
+def test_an_operator_looks_on_as_a_client_does():
+    def reply(message):
+        return [observation(serial=8) if message["type"] == "observe" else timeline(rid=message["rid"])]
+
+    with FakeBroker(reply) as broker, Operator(broker.address, **FAST) as operator:
+        assert operator.observe(3, 7)["serial"] == 8 and operator.explain("r1", 2)["rid"] == "r1"
+    assert broker.seen == [
+        *({"type": "observe", "epoch": 3, "since": 7}, {"type": "explain", "rid": "r1", "choice": 2})
+    ]
 
 
 def test_the_address_is_that_of_operators_in_the_run_directory(tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from tetri.proc.broker import ActionExecutor
 from tetri.proc.texts import Texts
 from tetri.request import AskedSampling, Stage, Turn
 from tetri.text import ByteTokenizer
-from tetri.wire.clients import Accepted, Cancel, Delta, Done, Inspect, Refused, Submit
+from tetri.wire.clients import Accepted, Cancel, Delta, Done, Inspect, Observe, Refused, Submit
 from tetri.wire.events import Arrived
 
 SECRET = "s" * 22
@@ -256,3 +256,20 @@ def test_a_text_that_cannot_be_tokenised_is_refused_and_deaths_show_in_the_statu
     (status,) = [message for _, message in loop.turn((b"c", Inspect()))]
     assert status.counters["tokenizer_deaths"] == 2 and status.counters["texts_tokenized"] == 0
     assert status.notes[-1] == "the tokenising process died 2 times"
+
+
+def test_what_the_core_never_sees_is_counted_as_refused_too(tmp_path: Path) -> None:
+    loop = Loop(tmp_path, most_bytes=100)
+    loop.keep_busy()
+    asked = [submit("long", [1] * 4096), submit("vague", None), submit("a", "a" * 30), submit("b", "b" * 30)]
+    loop.turn(*((b"c", each) for each in [*asked, submit("a", "other")]), (b"c", submit("ids", [256])))
+    loop.go()
+    loop.answer("a", Accepted)
+    loop.turn((b"c", submit("k", "wrong")))
+    loop.answer("k")  # by the tokenizer
+    (found,) = [message for _, message in loop.turn((b"o", Observe()))]
+    refused = {reason: count for reason, count in found.measures.counts["requests_refused"].items() if count}
+    assert refused == {"invalid": 3, "too_long": 1, "full": 1, "repeated_key": 1}
+    (status,) = [message for _, message in loop.turn((b"o", Inspect()))]
+    assert found.status == status and status.counters["texts_tokenized"] == 2
+    loop.texts.close()

@@ -341,6 +341,8 @@ def test_a_port_in_use(deployment):
         port = taken.getsockname()[1]
         with pytest.raises(LaunchError, match=r"in use.*choose another port"):
             up(deployment(f"broker.clients=tcp://127.0.0.1:{port}"))
+        with pytest.raises(LaunchError, match=rf"tcp://127.0.0.1:{port} cannot be used .*broker.metrics_port=PORT"):
+            up(deployment(f"broker.metrics_port={port}"))
 
 
 def test_a_port_of_a_gateway_in_use(deployment):

@@ -5,6 +5,7 @@ import urllib.request
 
 import pytest
 from fake_broker import STATUS, FakeBroker, instance
+from live import free_port
 
 from tetri.net.errors import NetError
 from tetri.proc import metrics_server
@@ -12,11 +13,6 @@ from tetri.proc.metrics_server import Source, served
 
 OBSERVATION = {"type": "observation", "epoch": 1, "serial": 1, "measures": {"counts": {}, "histograms": {}}}
 OBSERVATION |= {"status": {**STATUS, "instances": [instance("p0", "prefill")]}}
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
 
 
 def scraped(port):

@@ -13,10 +13,11 @@ from live import EMULATED
 from tetri.config import load
 from tetri.net.hub import Hub
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import NO_ACCESS_CONTROL, NO_COST, completed, of_config, of_tokenizer
+from tetri.proc.notes import NO_ACCESS_CONTROL, NO_COST, completed, of_config, of_tokenizer, with_refused
 from tetri.proc.texts import Texts
 from tetri.text import ByteTokenizer
 from tetri.wire.clients import Status
+from tetri.wire.observation import Measures
 
 LOG = logging.getLogger("test")
 
@@ -59,3 +60,10 @@ def test_a_status_has_what_the_brokers_sockets_counted() -> None:
     invalid = "the broker dropped 1 invalid messages (garbage_frames)"
     full = "the broker could not send 2 messages to d0, whose queue was full"
     assert found.notes == ["no cost table", "d9 is lost", full, invalid]
+
+
+def test_what_was_refused_before_the_core_saw_it_is_added() -> None:
+    counts = {"requests_refused": {"invalid": 2, "full": 0}, "retries": {"not_held": 1}}
+    measures = Measures(counts=counts, histograms={})
+    found = with_refused(measures, Counter(full=3))
+    assert found.counts == {"requests_refused": {"invalid": 2, "full": 3}, "retries": {"not_held": 1}}

@@ -14,10 +14,11 @@ from typing import Any
 import click
 
 from tetri import terminal
+from tetri.cli.options import examples
 
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 COMMANDS = (
-    *("up", "down", "status", "ready", "doctor", "flip", "end", "submit", "chat", "model", "profile"),
+    *("up", "down", "status", "top", "explain", "ready", "doctor", "flip", "end", "submit", "chat", "model", "profile"),
     *("sim", "predictor", "keygen", "openai-env"),
 )
 
@@ -42,10 +43,16 @@ class LazyGroup(click.Group):
         return command
 
 
+_EXAMPLES = examples(
+    "tetri-cli up",
+    'tetri-cli submit "The capital of France is"',
+    "tetri-cli top       # what happens now",
+    "tetri-cli explain   # what has happened",
+)
 _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
-@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings=_SETTINGS)
+@click.group(cls=LazyGroup, lazy=COMMANDS, context_settings=_SETTINGS, epilog=_EXAMPLES)
 @click.version_option(package_name="tetri", prog_name="tetri-cli")
 def group() -> None:
     """Serve a language model with prefill and decode on separate instances."""

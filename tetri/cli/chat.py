@@ -18,6 +18,7 @@ from tetri.cli.options import (
     connect,
     decoded,
     deployment_options,
+    examples,
     sampling_options,
     stdin_text,
     timeout_option,
@@ -27,7 +28,7 @@ ANSWER_TOKENS = 256  # of an answer without --max-tokens; fewer if no older turn
 FULL = ("context", "the largest holds")  # the protocol has no code for it: every such reason has one of these
 
 
-@click.command("chat")
+@click.command("chat", epilog=examples("tetri-cli chat", 'tetri-cli chat --system "Answer in one sentence."'))
 @sampling_options(max_tokens=ANSWER_TOKENS)
 @click.option("--system", type=TEXT, help="System message before the conversation.")
 @deployment_options

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetri import private, terminal
-from tetri.cli.options import Overrides, deployment_options, json_option, seconds_option
+from tetri.cli.options import Overrides, deployment_options, examples, json_option, seconds_option
 
 if TYPE_CHECKING:
     from tetri.kv.survey import Seen
@@ -24,7 +24,13 @@ LEAK_S = 60.0  # a slot is used until its chunk has landed: for milliseconds, or
 _SHOWN = 16  # used slots of a segment that are shown without --pages
 
 
-@click.command("doctor")
+@click.command(
+    "doctor",
+    epilog=examples(
+        "tetri-cli doctor",
+        "tetri-cli doctor --all --sweep   # removes what dead workers left",
+    ),
+)
 @deployment_options
 @click.option("--all", "everything", is_flag=True, help="Check all deployments of this user.")
 @click.option("--sweep", is_flag=True, help="Remove the segments of dead workers.")

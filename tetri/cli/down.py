@@ -7,10 +7,10 @@ from pathlib import Path
 import click
 
 from tetri import terminal
-from tetri.cli.options import Overrides, deployment_options, run_dir_of
+from tetri.cli.options import Overrides, deployment_options, examples, run_dir_of
 
 
-@click.command("down")
+@click.command("down", epilog=examples("tetri-cli down"))
 @deployment_options
 def command(conf: Path | None, overrides: Overrides) -> None:
     """Stop everything that `up` started. Only logs and records stay."""

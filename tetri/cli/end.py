@@ -6,10 +6,10 @@ from pathlib import Path
 
 import click
 
-from tetri.cli.options import TEXT, Overrides, deployment_options, operate, timeout_option
+from tetri.cli.options import TEXT, Overrides, deployment_options, examples, operate, timeout_option
 
 
-@click.command("end")
+@click.command("end", epilog=examples("tetri-cli end 5f2c9a1e03b7d8460c1d2e3f4a5b6c7d"))
 @click.argument("rid", type=TEXT)
 @deployment_options
 @timeout_option

@@ -8,11 +8,11 @@ from typing import Any
 import click
 
 from tetri import terminal
-from tetri.cli.options import TEXT, Overrides, deployment_options, json_option, operate, timeout_option
+from tetri.cli.options import TEXT, Overrides, deployment_options, examples, json_option, operate, timeout_option
 from tetri.request import ROLES
 
 
-@click.command("flip")
+@click.command("flip", epilog=examples("tetri-cli flip d0 mixed", "tetri-cli flip d0 decode   # and back"))
 @click.argument("iid", type=TEXT)
 @click.argument("role", type=click.Choice(ROLES), metavar="ROLE")
 @json_option

@@ -5,9 +5,10 @@ from __future__ import annotations
 import click
 
 from tetri import terminal
+from tetri.cli.options import examples
 
 
-@click.command("keygen")
+@click.command("keygen", epilog=examples("tetri-cli keygen cluster.key"))
 @click.argument("file", type=click.Path(dir_okay=False))
 def command(file: str) -> None:
     """Write the key of a deployment over several hosts to FILE, which must not exist. Copy the file to every host over

@@ -5,6 +5,7 @@ from __future__ import annotations
 import click
 
 from tetri import terminal
+from tetri.cli.options import examples
 
 
 @click.group("model")
@@ -12,7 +13,7 @@ def command() -> None:
     """Manage the models on this machine."""
 
 
-@command.command("fetch")
+@command.command("fetch", epilog=examples("tetri-cli model fetch", "tetri-cli model fetch smollm2-135m"))
 @click.argument("name", required=False)
 def fetch(name: str | None) -> None:
     """Prepare the model NAME (default: the configuration's default model) and print its folder."""

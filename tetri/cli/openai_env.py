@@ -8,10 +8,10 @@ from pathlib import Path
 
 import click
 
-from tetri.cli.options import Overrides, deployment_options, run_dir_of
+from tetri.cli.options import Overrides, deployment_options, examples, run_dir_of
 
 
-@click.command("openai-env")
+@click.command("openai-env", epilog=examples('eval "$(tetri-cli openai-env)"'))
 @deployment_options
 def command(conf: Path | None, overrides: Overrides) -> None:
     """Print the two variables that OpenAI's clients read: eval "$(tetri-cli openai-env)"."""

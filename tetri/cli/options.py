@@ -44,6 +44,11 @@ def seconds_option(*names: str, default: float, help: str | None = None) -> Deco
 timeout_option = seconds_option("--timeout", default=30.0, help="Give up when the broker is silent for longer.")
 
 
+def examples(*lines: str) -> str:
+    """The epilog of a command: command lines as they are typed, each with a comment if it needs one."""
+    return "\n".join(["\b", "Examples:", *(f"  {line}" for line in lines)])
+
+
 def deployment_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Options --conf and --set, which select the deployment."""
     return conf_option(set_option(function))

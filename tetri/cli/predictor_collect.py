@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetri import terminal
-from tetri.cli.options import COUNT, json_option
+from tetri.cli.options import COUNT, examples, json_option
 from tetri.cli.predictor_scores import report_bad
 from tetri.paths import FILE, OUT_FILE
 
@@ -27,9 +27,10 @@ if TYPE_CHECKING:
 
 LAYERS = (1 / 3, 16 / 30, 22 / 30)  # default layers, as shares of the model's depth: 10, 16 and 22 of 30
 REPORT_S = 10.0  # between two lines of progress
+_EXAMPLES = examples("tetri-cli predictor collect --prompts prompts.jsonl --model smollm2-135m --out lengths.jsonl")
 
 
-@click.command("collect")
+@click.command("collect", epilog=_EXAMPLES)
 @click.option("--prompts", type=FILE, required=True, help='JSONL, {"prompt": TEXT} per line; "source" is kept.')
 @click.option("--model", required=True, metavar="NAME|FOLDER", help="Model whose output lengths are collected.")
 @click.option("--out", type=OUT_FILE, required=True, help="File of lengths. An interrupted run is resumed.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import atomic, terminal
-from tetri.cli.options import json_option
+from tetri.cli.options import examples, json_option
 from tetri.cli.predictor_scores import report_bad, shown
 from tetri.paths import FILE, FOLDER, OUT_FILE, OUT_PLOT
 
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from tetri.predict.model import Loaded
 
 KINDS = ("classifier", "hidden")
+_EXAMPLES = examples("tetri-cli predictor eval --predictor my-predictor --lengths lengths.jsonl --plot seen.png")
 
 
-@click.command("eval")
+@click.command("eval", epilog=_EXAMPLES)
 @click.option("--prompts", type=FILE, help="Use these prompts only (default: all with a length); JSONL.")
 @click.option("--lengths", type=FILE, required=True, multiple=True, help='JSONL, {"prompt", "tokens"} per line.')
 @click.option("--predictor", type=FOLDER, help="The predictor's folder (default: the one shipped for the model).")

@@ -9,12 +9,14 @@ from typing import Any
 import click
 
 from tetri import terminal
-from tetri.cli.options import COUNT, json_option
+from tetri.cli.options import COUNT, examples, json_option
 from tetri.cli.predictor_scores import report_bad, shown
 from tetri.paths import FILE, OUT_FOLDER
 
+_EXAMPLES = examples("tetri-cli predictor train --lengths lengths.jsonl --kind hidden --out my-predictor")
 
-@click.command("train")
+
+@click.command("train", epilog=_EXAMPLES)
 @click.option("--lengths", type=FILE, required=True, multiple=True, help="File that `collect` wrote; may be repeated.")
 @click.option("--kind", type=click.Choice(["classifier", "hidden"]), default="hidden", show_default=True)
 @click.option(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from tetri import atomic, terminal
-from tetri.cli.options import COUNT, Overrides, deployment_options
+from tetri.cli.options import COUNT, Overrides, deployment_options, examples
 from tetri.paths import OUT_FILE
 
 if TYPE_CHECKING:
@@ -26,9 +26,13 @@ if TYPE_CHECKING:
     from tetri.profile.measure import MeasuredPoint
 
 BUSY_SHARE = 0.97  # share of the core's time; below, other processes disturb the measurement
+_EXAMPLES = examples(
+    "tetri-cli profile --out my-machine.toml",
+    "tetri-cli profile --quick --json",
+)
 
 
-@click.command("profile")
+@click.command("profile", epilog=_EXAMPLES)
 @deployment_options
 @click.option("--out", type=OUT_FILE, help="Write the cost table to this file.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout, with every measured point.")

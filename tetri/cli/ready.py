@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from tetri import terminal
-from tetri.cli.options import Overrides, connect, deployment_options, json_option, seconds_option
+from tetri.cli.options import Overrides, connect, deployment_options, examples, json_option, seconds_option
 
 _PAUSE_S = 0.2  # a canary takes about as long
 
 
-@click.command("ready")
+@click.command("ready", epilog=examples("tetri-cli ready --wait 10"))
 @deployment_options
 @click.option(
     "--wait",

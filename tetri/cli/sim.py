@@ -15,10 +15,14 @@ from click.core import ParameterSource
 
 from tetri import terminal
 from tetri.cli import FAILED, OK, LazyGroup
-from tetri.cli.options import json_option
+from tetri.cli.options import examples, json_option
 from tetri.paths import FILE, OUT_PLOT
 
 LINKS = {"roce": 25e9, "nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (paper, section 4.1)
+_EXAMPLES = examples(
+    "tetri-cli sim run --requests 500 --rate 3 --prefill 2 --decode 2 --cost v100-opt13b",
+    "tetri-cli sim run --requests 200 --rate 2 --faults drop=0.01,kill=0.01 --json",
+)
 SYSTEMS = ("tetri", "coupled16", "coupled")
 # Settings of [monitor] without an effect here -> why.
 NOT_SIMULATED = {"flip": "use --flip", "gone_s": "20 s with --faults, else endless", "cpus": "there are no processes"}
@@ -79,9 +83,10 @@ class RunCommand(click.Command):
         for title, kinds in zip(titles, (CHANCES, RATES, TIMES), strict=True):
             with formatter.section(title):
                 formatter.write_dl([*kinds.items()])
+        super().format_epilog(ctx, formatter)
 
 
-@command.command("run", cls=RunCommand)
+@command.command("run", cls=RunCommand, epilog=_EXAMPLES)
 @_listed
 @click.option("--faults", metavar="NAME=NUMBER,...", help="Faults to inject, as in drop=0.01,kill=0.001; see below.")
 @click.option("--cuts", metavar="READER,...", help="Instances that cannot read KV, as in d1 or p0>d0@5-20 (seconds).")

@@ -16,7 +16,7 @@ from typing import Any
 import click
 
 from tetri import terminal
-from tetri.cli.options import json_option
+from tetri.cli.options import examples, json_option
 from tetri.cli.sim import progress_bar
 
 WORKLOADS = ("LPLD", "LPHD", "HPLD", "HPHD", "Mixed")
@@ -24,7 +24,7 @@ MICRO_SEEDS = 5  # maximum seeds of the microbenchmarks
 COST = "v100-opt13b"
 
 
-@click.command("paper")
+@click.command("paper", epilog=examples("tetri-cli sim paper", "tetri-cli sim paper --seeds 3 --only LPHD"))
 @click.option(
     "--seeds", type=click.IntRange(1, 1000), default=20, show_default=True, help="Random draws of each workload."
 )

@@ -8,10 +8,10 @@ from pathlib import Path
 import click
 
 from tetri import terminal
-from tetri.cli.options import json_option
+from tetri.cli.options import examples, json_option
 
 
-@click.command("replay")
+@click.command("replay", epilog=examples('tetri-cli sim replay "$XDG_RUNTIME_DIR/tetri"'))
 @click.argument("folder", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @json_option
 def command(folder: Path, as_json: bool) -> int:

@@ -18,6 +18,7 @@ from tetri.cli.options import (
     Overrides,
     connect,
     deployment_options,
+    examples,
     json_option,
     sampling_options,
     stdin_text,
@@ -26,9 +27,14 @@ from tetri.cli.options import (
 from tetri.request import DEFAULT_TOKENS
 
 ENDS = {"cancelled": ("the request was cancelled", INTERRUPTED), "deadline": ("the deadline passed", FAILED)}
+_EXAMPLES = examples(
+    'tetri-cli submit "The capital of France is"',
+    'tetri-cli submit "Once upon a time" -n 4 --temperature 1 --json',
+    "tetri-cli submit --chat - < question.txt",
+)
 
 
-@click.command("submit")
+@click.command("submit", epilog=_EXAMPLES)
 @click.argument("text", type=TEXT)
 @sampling_options(max_tokens=DEFAULT_TOKENS)
 @click.option("--chat", is_flag=True, help="Use the model's chat template, with TEXT as the user's message.")

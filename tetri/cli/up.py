@@ -11,13 +11,19 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import terminal
-from tetri.cli.options import Overrides, deployment_options, seconds_option
+from tetri.cli.options import Overrides, deployment_options, examples, seconds_option
 
 if TYPE_CHECKING:
     from tetri.config import Config
 
 
-@click.command("up")
+@click.command(
+    "up",
+    epilog=examples(
+        "tetri-cli up",
+        "tetri-cli up --conf conf/emulated.toml --set gateway.port=0   # needs no model",
+    ),
+)
 @deployment_options
 @seconds_option("--wait", "wait_s", default=600.0, help="Give up when the deployment is not ready in time.")
 @click.option("--foreground", is_flag=True, help="Stay, print all logs, and stop the deployment on SIGTERM or Ctrl-C.")

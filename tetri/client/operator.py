@@ -39,6 +39,14 @@ class Operator:
         """Return the cluster's status, as `Client.status` does."""
         return self._client._finish(self._client._ask(Inspection))
 
+    def observe(self, epoch: int = 0, since: int = 0) -> dict[str, Any]:
+        """Return what has happened since an Observation, as `Client.observe` does."""
+        return self._client.observe(epoch, since)
+
+    def explain(self, rid: str, choice: int = 0) -> dict[str, Any]:
+        """Return how a choice of any client's request was served, as `Client.explain` does."""
+        return self._client.explain(rid, choice)
+
     def close(self) -> None:
         """Close the connection."""
         self._client.close()

@@ -38,7 +38,6 @@ from tetri.net.loop import run
 from tetri.proc import build
 from tetri.proc.cheap_checks import submit_problem
 from tetri.proc.cpus import pin
-from tetri.proc.metrics_server import Source, served
 from tetri.proc.network import HubNetwork
 from tetri.proc.notes import completed, of_config, of_tokenizer, with_refused
 from tetri.proc.recorder import BrokerStart, full_records, recorded
@@ -208,6 +207,8 @@ def serve(config: Config, logger: logging.Logger) -> None:
         os.chmod(config.operators_address.removeprefix("ipc://"), 0o600)  # even where others may enter the folder
         hub.subscribe(config.views_address, ClusterView)
         if port := config.broker.metrics_port:
+            from tetri.proc.metrics_server import Source, served  # slow to import, and few want it
+
             source = Source(config.operators_address, config.engine.block_tokens)
             stack.enter_context(served(port, source))
         logger.info("serving %s at %s", model, config.clients_address)

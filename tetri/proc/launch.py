@@ -66,7 +66,7 @@ def start(
         pid = supervisor.pid() or next(iter(supervisor.alive()), None)
         if pid is not None:
             raise LaunchError(f"already up (pid {pid}), run tetri-cli down first")
-        _check_port(config)
+        _check_ports(config)
         _check_gateways(config)
         supervisor.try_socket()
         sweep(config.cluster.name)  # what a killed deployment left would count as memory in use
@@ -221,18 +221,22 @@ def _with_key(config: Config, own: Path) -> Config:
     return dataclasses.replace(config, cluster=dataclasses.replace(config.cluster, key=str(own)))
 
 
-def _check_port(config: Config) -> None:
-    if not config.clients_address.startswith("tcp://"):
-        return
-    host, _, port = config.clients_address.removeprefix("tcp://").rpartition(":")
+def _check_ports(config: Config) -> None:
+    if config.clients_address.startswith("tcp://"):
+        _try_port(config.clients_address, "choose another port with --set broker.clients=tcp://127.0.0.1:PORT")
+    if port := config.broker.metrics_port:
+        _try_port(f"tcp://127.0.0.1:{port}", "choose another with --set broker.metrics_port=PORT, or 0 for none")
+
+
+def _try_port(address: str, advice: str) -> None:
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the broker's own socket does
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the broker's own sockets do
         try:
             probe.bind((host.strip("[]"), int(port)))
         except OSError as error:
-            advice = "choose another port with --set broker.clients=tcp://127.0.0.1:PORT"
-            raise LaunchError(f"{config.clients_address} cannot be used ({error.strerror}): {advice}") from None
+            raise LaunchError(f"{address} cannot be used ({error.strerror}): {advice}") from None
 
 
 def _check_gateways(config: Config) -> None:

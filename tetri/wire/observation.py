@@ -63,7 +63,7 @@ class EngineStep(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     passes: Count = 1
 
 
-class TraceEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class TraceEvent(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     """Something that happened to a choice on the instance `iid` ("broker": at the broker; "" in a Heartbeat: at its
     sender), apart from its decode steps. What happened to choices that share a prefill or a transfer is reported for
     one of them, the first that went on there. `at`: when it began; in a Heartbeat on the worker's own clock, in a
@@ -83,7 +83,7 @@ class TraceEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
                   the path, and what was wrong with it
     preempted     lost its memory to others
     retry         another attempt begins: `note` says why
-    migrated      goes on at this instance, from `peer`
+    migrated      this attempt is decoded here, an earlier one was at `peer`
     """
 
     kind: str
@@ -172,7 +172,7 @@ class StageSpan(Struct, frozen=True, array_like=True, forbid_unknown_fields=True
     seconds: float
 
 
-class StepSpan(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
+class StepSpan(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     """An engine step that wrote `tokens` output tokens of the choice, from `start_s` on (since the request's arrival).
     `batch`, `chunk_tokens`, `passes`: as in EngineStep."""
 

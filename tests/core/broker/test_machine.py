@@ -23,9 +23,22 @@ from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
 from tetri.request import Sampling, Stage, choice_id
-from tetri.wire.clients import Attach, Cancel, CheckReadiness, Delta, Done, EndRequest, Inspect, Refused
+from tetri.wire.clients import (
+    Attach,
+    Cancel,
+    CheckReadiness,
+    Delta,
+    Done,
+    EndRequest,
+    Explain,
+    Inspect,
+    Observation,
+    Observe,
+    Refused,
+)
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import Hold
+from tetri.wire.observation import Timeline, TraceEvent
 
 WORKERS = {"p1": "prefill", "p2": "prefill", "d1": "decode", "d2": "decode"}
 iids = st.sampled_from(sorted(WORKERS))
@@ -65,6 +78,9 @@ class BrokerUnderFire(RuleBasedStateMachine):
         self.connected = {}
         self.contents = {}  # key -> what its request asks for
         self.client = "sent"
+        self.attempts = {}  # choice -> its attempts so far
+        self.dones = {}  # choice -> its Done
+        self.told = None  # the last answer to an onlooker
 
     def act(self, actions):
         for action in actions:
@@ -86,6 +102,9 @@ class BrokerUnderFire(RuleBasedStateMachine):
 
     def hear(self, message, client=b"c"):
         assert client != b"thief" or isinstance(message, Refused), f"a thief is told {message}"
+        if client == b"onlooker":
+            self.told = message
+            return
         if isinstance(message, Delta | Done):
             name = choice_id(message.rid, message.choice)
             have = self.heard.setdefault(name, [])
@@ -98,6 +117,7 @@ class BrokerUnderFire(RuleBasedStateMachine):
         elif isinstance(message, Done):
             assert message.usage.completion_tokens == len(have)
             assert abs(sum(message.timeline.values()) - message.jct_s) < 1e-6
+            self.dones[name] = message
             have.append("done")
 
     def tell(self, event):
@@ -152,6 +172,45 @@ class BrokerUnderFire(RuleBasedStateMachine):
     @rule(message=st.sampled_from([Inspect(), CheckReadiness()]))
     def inspect(self, message):
         self.tell(FromClient(b"c", message))
+
+    def ask(self, message):
+        """What an onlooker is told."""
+        self.told = None
+        self.tell(FromClient(b"onlooker", message))
+        return self.told
+
+    @rule(iid=iids, choice=choices, attempt=st.integers(1, 3), kind=st.sampled_from(["chunk", "preempted"]))
+    def trace(self, iid, choice, attempt, kind):
+        """A worker tells what has happened, whatever its clock says."""
+        self.tell(heartbeat(iid, at=9.0, traced=[TraceEvent(kind, choice, attempt, 8.0, seconds=0.5)]))
+
+    @rule(rid=rids, index=st.sampled_from([0, 0, 1, 2]))
+    def explain(self, rid, index):
+        """The stages follow each other, from the arrival to the end."""
+        found = self.ask(Explain(rid=rid, choice=index))
+        if not isinstance(found, Timeline):
+            assert choice_id(rid, index) not in self.core.table.choices
+            return
+        end = 0.0
+        for span in found.stages:
+            assert abs(span.start_s - end) < 1e-6 and span.seconds >= 0
+            end = span.start_s + span.seconds
+        assert abs(end - (found.age_s if found.jct_s is None else found.jct_s)) < 1e-6
+        assert [event.attempt for event in found.events if event.kind == "retry"] == [*range(2, found.attempts + 1)]
+        done = self.dones.get(choice_id(rid, index))
+        if done is not None:
+            assert (found.reason, found.jct_s, found.receipt) == (done.reason, done.jct_s, done.receipt)
+
+    @rule(since=st.integers(0, 20))
+    def observe(self, since):
+        """What is measured agrees with the Dones, and the retries with the attempts."""
+        found = self.ask(Observe(epoch=42, since=since))
+        assert isinstance(found, Observation)
+        counts, histograms = found.measures.counts, found.measures.histograms
+        assert sum(counts["requests_ended"].values()) == sum(histograms["jct"].counts) == len(self.ended)
+        assert sum(counts["retries"].values()) == sum(attempt - 1 for attempt in self.attempts.values())
+        told = len(found.moves) + len(found.ended) + len(found.events) + found.missed
+        assert told == max(0, found.serial - since)
 
     @rule(iid=iids, number=st.integers(1, 4), stage=stages, what=st.integers(0, 3))
     def canary(self, iid, number, stage, what):
@@ -236,6 +295,7 @@ class BrokerUnderFire(RuleBasedStateMachine):
             self.core.check()
             for name, choice in self.core.table.choices.items():
                 assert choice.stage.ended == (name in self.ended)
+                self.attempts[name] = choice.attempt
             assert (deadline := self.core.deadline()) is not None and deadline < self.now + 10
 
     def teardown(self):
@@ -251,6 +311,8 @@ class BrokerUnderFire(RuleBasedStateMachine):
             self.core.check()
         held = [choice for choice in self.core.table.choices.values() if choice.holder is None]
         assert not held, "nobody has it, and nobody gave it up"
+        self.observe(0)
+        assert self.core.observer.timelines.open_bytes == 0 or self.core.table.choices
 
 
 TestBrokerUnderFire = BrokerUnderFire.TestCase

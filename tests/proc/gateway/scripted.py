@@ -34,14 +34,14 @@ class Client:
 
     def events(self, **asked):
         self.asked.append(asked)
-        return Stream(self, self.script.pop(0))
+        return Stream(self, self.script.pop(0), f"r{len(self.asked)}")
 
 
 class Stream:
-    prompt_tokens, rid = 3, "r1"
+    prompt_tokens = 3
 
-    def __init__(self, client, script):
-        self.client, self.script = client, list(script)
+    def __init__(self, client, script, rid):
+        self.client, self.script, self.rid = client, list(script), rid
 
     def __aiter__(self):
         return self

@@ -23,8 +23,9 @@ class Tokens:
         return [7, 8, 9]
 
 
-def asking(body, headers=()):
-    found = Asking(body=json.dumps(body).encode(), headers={"x-request-id": "42", **dict(headers)})
+def asking(body, headers=(), given="42"):
+    """`given`: the id that the client has given the request; None: none, and the guard has made it "42"."""
+    found = Asking(body=json.dumps(body).encode(), headers={"x-request-id": given, **dict(headers)})
     found.scope["state"]["x-request-id"] = "42"
     return found
 
@@ -60,6 +61,24 @@ def test_a_stream_is_events_as_they_come():
     assert got.headers["content-type"].startswith("text/event-stream") and "content-length" not in got.headers
     *chunks, last = events(got)
     assert last == b"[DONE]" and [json.loads(chunk)["choices"][0]["text"] for chunk in chunks] == ["a", "b"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(("given", "name"), [("42", "42"), (None, "r1")])
+def test_an_answer_leads_to_how_it_was_served(stream, given, name):
+    """Its id has that of its request at the broker, unless the client has given another."""
+    asked = asking({"prompt": "Hi", "stream": stream}, given=given)
+    got = asyncio.run(asked.of(endpoint(Client(two()))))
+    parts = [json.loads(part) for part in events(got)[:-1]] if stream else [got.json()]
+    assert {part["id"] for part in parts} == {f"cmpl-{name}"} and asked.scope["state"]["x-request-id"] == name
+    assert got.headers["x-tetri-rid"] == "r1"
+
+
+def test_an_answer_to_several_prompts_names_the_request_of_each():
+    got = answered(Client(two(), two()), {"prompt": ["Hi", "Ho"]})
+    assert got.headers["x-tetri-rid"] == "r1, r2"
+    many = answered(Client(*(two() for _ in range(20))), {"prompt": ["Hi"] * 20})
+    assert many.headers["x-tetri-rid"].split(", ") == [f"r{n}" for n in range(1, 17)]
 
 
 def test_the_collector_rests_while_a_body_is_read():

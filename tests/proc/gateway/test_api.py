@@ -88,6 +88,14 @@ def test_detokenize():
     assert ask(app(), "/detokenize", b'{"tokens": [72, 195, 188]}').json() == {"prompt": "H\u00fc"}
 
 
+def test_a_key_guards_all_but_the_page_itself():
+    locked = app(keys=[hashed(b"k")])
+    data = ("/live", "/live/requests/x", "/live/instances/p0", "/metrics", "/openapi.json")
+    assert [ask(locked, path, method="GET").status for path in data] == [401] * len(data)
+    assert [ask(locked, path, method="GET").status for path in ("/", "/page.js", "/page.css")] == [200] * 3
+    assert ask(locked, "/metrics", method="GET", headers={"authorization": "Bearer k"}).status == 200
+
+
 # ---------------------------------------------------------------- refusals
 
 

@@ -59,6 +59,9 @@ def test_without_a_key_only_probes_are_answered():
     assert ask(door, "/v1/models", headers={"authorization": "Bearer k"}).status == 200
     assert [ask(door, path).status for path in ("/health", "/ping", "/ready", "/version")] == [200] * 4
     assert ask(door, "/openapi.json").status == 401
+    page = Guard(app, (), Keys([hashed(b"k")]), KIB, lambda status: None, ["/", "/page.js"])
+    paths = ("/", "/page.js", "/health", "/live", "/metrics", "/page.js/x")
+    assert [ask(page, path).status for path in paths] == [200, 200, 200, 401, 401, 401]
 
 
 def test_a_request_has_the_id_that_its_client_gave_it_or_a_new_one():

@@ -49,6 +49,13 @@ def test_a_client_that_wants_no_ids_gets_lines_of_data_alone():
     assert without.fail(ApiError(500, "gone")).startswith(b"data: {")
 
 
+def test_another_id_is_that_of_all_events():
+    stream = reply(Stream, stream=True)
+    stream.rename("id-2")
+    found = events(stream.delta(0, 0, (1,), "a") + stream.delta(0, 0, (1,), "b") + stream.end(0, 0, "stop", USAGE))
+    assert len(found) == 4 and {value["id"] for _, value in found} == {"id-2"}
+
+
 def test_a_choice_that_ends_at_once_has_its_role_too():
     stream = reply(Stream, stream=True)
     (_, first), (_, last) = events(stream.end(0, 0, "stop", USAGE))

@@ -139,6 +139,7 @@ class Broker:
         self.delivery.connections.check(self.table)
         self.flips.check()
         self.pair_checks.check()
+        self.observer.timelines.check(self.table.choices.values())
         for choice in self.table.active():
             placed = self.members.by_iid.get(choice.holder) if choice.holder else None
             if choice.reason is None and choice.holder is not None and (placed is None or placed.lost is not None):
@@ -153,7 +154,8 @@ class Broker:
         before = self.members.by_iid.get(iid)
         actions, replaced = self.members.ready(event, now)
         if before is None or replaced is not None:
-            self.observer.happened("joined", iid, event.instance.role, now)
+            again = "" if replaced is None else ", restarted"
+            self.observer.happened("joined", iid, f"{event.instance.role}{again}", now)
         elif before.lost is not None:
             self._back(before, now)
         self.timers.set(("silence", iid), now + self.limits.dead_s)
@@ -202,7 +204,7 @@ class Broker:
 
     def _back(self, member: Member, now: float) -> None:
         """A lost worker is back as the same process."""
-        self.observer.happened("back", member.iid, f"the same process, {now - member.seen:.1f} s after", now)
+        self.observer.happened("back", member.iid, f"{member.role}, the same process", now)
         self.lifecycle.back(member)
 
     def _received(self, event: FromWorker, now: float) -> list[Action]:
@@ -365,7 +367,7 @@ class Broker:
                     return []
                 self.timers.clear(("grace", request.rid))
                 self.delivery.connections.leave(request)
-                self.observer.forgotten(request, now)
+                self.observer.forgotten(request)
                 self.table.forget(request.rid)
                 return []
             case "grace":

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from math import inf
 
-DRIFT = 1e-4  # seconds per second by which two clocks may drift apart
+WINDOW_S = 10.0  # a clock that has stopped with its process is known again after two of them
 
 
 class ClockOffset:
-    """How far the broker's clock is ahead of a worker's: what was sent at `at` arrives at `at + offset` or later. The
-    least difference seen is that of the fastest message, so it is kept, and creeps up since clocks drift."""
+    """How far the broker's clock is ahead of a worker's: what was sent at `at` arrives at `at` plus that, or later. So
+    it is the least difference of the messages of the last WINDOW_S to 2 * WINDOW_S seconds. Clocks drift."""
 
-    __slots__ = ("offset", "_seen")
+    __slots__ = ("_best", "_last", "_until")
 
     def __init__(self) -> None:
-        self.offset, self._seen = inf, 0.0  # inf: nothing has come
+        self._last = self._best = inf  # of the window before, and of this one
+        self._until = -inf
 
     def seen(self, at: float, now: float) -> float:
         """A message has come at `now` which says that it was `at` on the worker's clock. Returns the offset."""
-        self.offset = min(self.offset + DRIFT * (now - self._seen), now - at)
-        self._seen = now
-        return self.offset
+        if now >= self._until:
+            self._last, self._best, self._until = self._best, inf, now + WINDOW_S
+        self._best = min(self._best, now - at)
+        return min(self._last, self._best)

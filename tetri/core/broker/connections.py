@@ -127,6 +127,8 @@ class Connections:
             self._resume_at.set(client, now)
         elif not connection.choices:
             self._settle(client, connection)
+        if len(messages) == 1:  # the usual case, fast
+            return [Reply(client, messages[0])]
         return [Reply(client, message) for message in messages]
 
     # ------------------------------------------------------------ what did not arrive

@@ -74,8 +74,8 @@ class Delivery:
         if (wrong := self._unknown_id(event.prompt, sampling)) is not None:
             return Problem("invalid", f"{wrong} is outside the model's vocabulary of {self.limits.vocabulary}")
         if prompt + most > context:
-            room = context - prompt
-            return Problem("too_long", f"max_tokens is {most}, after this prompt the context has room for {room}")
+            why = f"max_tokens is {most}, after this prompt the context has room for {context - prompt}"
+            return Problem("too_long", why)
         if sampling.min_tokens > most:
             least = sampling.min_tokens
             return Problem("invalid", f"min_tokens is {least}, after this prompt there is space for {most}")
@@ -136,10 +136,10 @@ class Delivery:
                     self.connections.full(choice, now)
         return self.connections.gone(event.client) if event.gone else []
 
-    def detokenize(self, choice: Choice, *, final: bool) -> list[Action]:
+    def detokenize(self, choice: Choice, *, final: bool) -> Detokenize:
         """Ask the detokenizer for the text of the new output tokens. `final`: no more tokens follow."""
         start, choice.asked = choice.asked, len(choice.output)
-        return [Detokenize(choice.id, start, tuple(choice.output[start:]), final, choice.sampling)]
+        return Detokenize(choice.id, start, tuple(choice.output[start:]), final, choice.sampling)
 
     def detokenized(self, choice: Choice, event: Detokenized, now: float) -> list[Action]:
         """Send the text that the detokenizer returned. A stop text in it ends the choice; tokens after the stop text

@@ -7,21 +7,10 @@ from typing import Generic, NamedTuple, TypeVar
 
 from tetri.request import Stage
 from tetri.wire.clients import Done
+from tetri.wire.kept import Moved
 from tetri.wire.observation import ClusterEvent, Ended, Move
 
 MOVES, ENDS, EVENTS = 512, 256, 256  # kept, and so in one Observation
-
-
-class Moved(NamedTuple):
-    """A choice entered a stage, or another instance holds it. `at`: in seconds."""
-
-    serial: int
-    at: float
-    rid: str
-    stage: Stage
-    iid: str
-    attempt: int
-    outputs: int
 
 
 class Finished(NamedTuple):
@@ -80,10 +69,12 @@ class History:
         self._ended: Ring[Finished] = Ring(maxlen=ENDS)
         self._events: Ring[Happened] = Ring(maxlen=EVENTS)
 
-    def moved(self, rid: str, stage: Stage, iid: str, attempt: int, outputs: int, now: float) -> None:
+    def moved(self, rid: str, stage: Stage, iid: str, attempt: int, outputs: int, now: float) -> Moved:
         """A choice entered a stage, or `iid` holds it now; "": no instance does."""
         self.serial += 1
-        self._moves.append(Moved(self.serial, now, rid, stage, iid, attempt, outputs))
+        move = Moved(self.serial, now, rid, stage, iid, attempt, outputs)
+        self._moves.append(move)
+        return move
 
     def ended(self, rid: str, done: Done, tpot_s: float | None, prefill: str, decode: str, now: float) -> None:
         """A choice ended."""
@@ -98,7 +89,7 @@ class History:
     def since(self, serial: int, now: float) -> Since:
         """What has happened since the serial of an earlier Observation; 0: all that is kept, and nothing is missed."""
         moves, ended, events = self._moves.since(serial), self._ended.since(serial), self._events.since(serial)
-        missed = self.serial - serial - len(moves) - len(ended) - len(events) if serial else 0
+        missed = max(0, self.serial - serial - len(moves) - len(ended) - len(events)) if serial else 0
         return Since(
             [Move(each.rid, each.stage, each.iid, now - each.at, each.attempt, each.outputs) for each in moves],
             [_ended(each, now) for each in ended],

@@ -167,7 +167,7 @@ class Lifecycle:
         if choice.reason is not None or choice.stage.ended:
             return []
         choice.reason, choice.error = reason, error
-        return self.delivery.detokenize(choice, final=True)
+        return [self.delivery.detokenize(choice, final=True)]
 
     def close(self, choice: Choice) -> list[Action]:
         """Tell both workers to drop the choice. If it ended by itself, they also get its output length to learn
@@ -318,9 +318,9 @@ class Lifecycle:
     def _add(self, item: TokenItem, iid: str, step: StepTokens, now: float, actions: list[Action]) -> None:
         """Add the output tokens that `iid` reports to their choice. Appends to `actions`, since this runs for every
         token of every request."""
-        choice = self._reported(item.rid, item.attempt)
-        if choice is None:
-            actions += self.pair_checks.tokens(item, iid, now)
+        choice = self.table.choices.get(item.rid)
+        if not choice or choice.attempt != item.attempt or choice.reason is not None or not choice.prefill:
+            actions += self.pair_checks.tokens(item, iid, now)  # as `_reported`, without a call
             return
         if choice.decode != iid and not self._may_write(choice, item, iid, now, actions):
             return
@@ -345,7 +345,7 @@ class Lifecycle:
         elif len(choice.output) == choice.sampling.max_tokens:  # the worker should have sent an end
             actions += self.end(choice, "length", now)
         else:
-            actions += self.delivery.detokenize(choice, final=False)
+            actions.append(self.delivery.detokenize(choice, final=False))
 
     def _may_write(self, choice: Choice, item: TokenItem, iid: str, now: float, actions: list[Action]) -> bool:
         """Whether tokens count of an instance that is not known to decode the choice.

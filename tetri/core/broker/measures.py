@@ -65,6 +65,7 @@ class Meters:
     def __init__(self) -> None:
         self.counts = {name: Counter(dict.fromkeys(labels, 0)) for name, labels in LABELS.items()}
         self.histograms = {name: Buckets(bounds) for name, bounds in BOUNDS.items()}
+        self._stages = {stage.value: self.histograms[f"stage_{stage}"] for stage in MEASURED_STAGES}
 
     def count(self, name: str, label: str, times: int = 1) -> None:
         """Count something under a label."""
@@ -79,7 +80,7 @@ class Meters:
             if seconds is not None:
                 histograms[name].add(seconds)
         for stage, seconds in done.timeline.items():
-            histograms[f"stage_{stage}"].add(seconds)
+            self._stages[stage].add(seconds)
         histograms["prompt_tokens"].add(usage.prompt_tokens)
         histograms["output_tokens"].add(usage.completion_tokens)
 

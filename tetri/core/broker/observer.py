@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from tetri.core.broker.history import History
 from tetri.core.broker.measures import Buckets, Meters
 from tetri.core.broker.membership import Member
-from tetri.core.broker.requests import Choice, Request
+from tetri.core.broker.requests import MOST_STEPS, Choice, Request
 from tetri.core.broker.timelines import Timelines
 from tetri.wire.clients import Done, Observation, Status
 from tetri.wire.kept import pack_step
@@ -37,9 +37,10 @@ class Observer:
 
     def moved(self, choice: Choice, now: float) -> None:
         """A choice has entered a stage, or has got another holder."""
-        self.timelines.moved(choice, now)
-        holder = None if choice.stage.ended else choice.holder
-        self.history.moved(choice.id, choice.stage, holder or "", choice.attempt, len(choice.output), now)
+        iid, outputs = choice.listed or "", len(choice.output)
+        move = self.history.moved(choice.id, choice.stage, iid, choice.attempt, outputs, now)
+        if choice.trace is not None:
+            choice.trace.moves.append(move)
 
     def placed(self, choices: Sequence[Choice], queued_s: float) -> None:
         """Choices that share a prefill were assigned to an instance with `queued_s` seconds of predicted prefill
@@ -50,7 +51,7 @@ class Observer:
     def retried(self, choice: Choice, reason: str, why: str, now: float) -> None:
         """Another attempt has begun, for one of the reasons of `retries`."""
         self.meters.count("retries", reason)
-        self.timelines.own(choice, "retry", now, note=why)
+        self.timelines.retried(choice, why, now)
 
     def decodes(self, choice: Choice, iid: str, now: float) -> None:
         """All KV of a choice has landed at the instance that decodes it from now on."""
@@ -74,10 +75,10 @@ class Observer:
         self.meters.ended(done, tpot_s)
         self.history.ended(choice.id, done, tpot_s, choice.prefill or "", choice.decode or "", now)
 
-    def forgotten(self, request: Request, now: float) -> None:
+    def forgotten(self, request: Request) -> None:
         """An ended request is about to leave the table."""
         for choice in request.choices:
-            self.timelines.keep(choice, now)
+            self.timelines.keep(choice)
 
     # ------------------------------------------------------------ instances
 
@@ -132,7 +133,10 @@ class StepTokens:
             if tokens != 1:
                 assert self._step is not None
                 packed = self._pack(self._step, tokens)
-            trace.add_step(packed)
+            if len(trace.steps) < MOST_STEPS:
+                trace.steps.append(packed)
+            else:
+                trace.left_out += 1
         if since == self._since and tokens == 1:  # the usual case, fast
             self._times += 1
         elif since is None:

@@ -12,8 +12,8 @@ from hmac import compare_digest
 from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
-from tetri.core.broker.trace import Trace
 from tetri.request import AskedSampling, Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
+from tetri.wire.kept import Moved, ReportedEvent, Steps
 from tetri.wire.messages import End
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
@@ -25,6 +25,10 @@ REQUEST_BYTES, PROMPT_BYTES, CHOICE_BYTES, OUTPUT_BYTES, TEXT_BYTES = 2048, 8, 2
 LOGPROB_BYTES, TOP_BYTES = 28, 13  # of an output token with a log probability; of each most likely token beside it
 ID_BYTES = 128  # of each token id of logit_bias and stop_token_ids
 NOTHING_ASKED = AskedSampling()
+MOST_STEPS, MOST_EVENTS = 4096, 512  # of one choice
+# What a trace counts for: itself with the moves of each attempt, each step that may follow (a reference, and its
+# share of the step), and each event.
+TRACE_BYTES, STEP_BYTES, EVENT_BYTES = 2048, 16, 500
 
 
 def needed_bytes(prompt: int, output: int, n: int = 1, sampling: AskedSampling = NOTHING_ASKED) -> int:
@@ -85,6 +89,23 @@ class Request:
     def left(self, now: float) -> float | None:
         """Seconds until the deadline, 0 if it has passed; None without one."""
         return None if self.deadline is None else max(0.0, self.deadline - now)
+
+
+class Trace:
+    """What has happened to a choice. `together`: ids and attempts of the choices with which it has shared a prefill.
+    `decoded_by`: the last instance that has decoded it. `left_out`: steps and events for which there was no space."""
+
+    __slots__ = ("decoded_by", "events", "left_out", "moves", "reserved", "steps", "together")
+
+    def __init__(self, reserved: int) -> None:
+        """`reserved`: bytes that it counts for."""
+        self.reserved = reserved
+        self.moves: list[Moved] = []
+        self.events: list[ReportedEvent] = []
+        self.steps: Steps = []
+        self.together: frozenset[tuple[str, int]] = frozenset()
+        self.decoded_by: str | None = None
+        self.left_out = 0
 
 
 @dataclass(slots=True, eq=False)

@@ -158,7 +158,7 @@ class Flips:
         change = self.changes.get(member.iid)
         if change is None:
             if role != member.role and role in ROLES:
-                self.observer.happened("role", member.iid, f"{role}, as it reports", now)
+                self.observer.happened("role", member.iid, f"{member.role} > {role}, as it reports", now)
                 self.members.turn(member, role)
             return []
         if (role, flip) != (change.role, change.number):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import msgspec
@@ -68,11 +69,18 @@ _GETS: dict[str, tuple[str, dict[str, Any]]] = {
     "/ping": ("Whether the gateway is alive", {}),
     "/ready": ("Whether every pair of instances in service has lately carried KV", {"type": "object"}),
     "/openapi.json": ("This description", {"type": "object"}),
+    "/live/requests/{rid}": ("How a request was served, or is", {"type": "object"}),
+    "/live/instances/{iid}": ("The last minutes of an instance", {"type": "object"}),
+}
+_STREAMS: dict[str, tuple[str, str]] = {  # path -> what it does, the type of its answer
+    "/live": ("What happens in the deployment, as server-sent events of JSON", "text/event-stream"),
+    "/metrics": ("What the deployment has measured, for Prometheus", "text/plain"),
+    "/": ("A live page of the deployment", "text/html"),
 }
 _ERRORS = {
     "400": "The body is wrong, or asks for what is not supported: `param` names the field",
     "401": "The API key is missing or wrong",
-    "404": "There is no such model",
+    "404": "There is no such model, request or instance",
     "413": "The body is too large",
     "429": "Too many requests wait: retry after `retry-after` seconds",
     "503": "The deployment cannot be reached",
@@ -87,7 +95,8 @@ def openapi(version: str) -> dict[str, Any]:
         _narrow(schemas[body.__name__], body)
     paths = {
         **{path: {"post": _post(path, *what)} for path, what in _POSTS.items()},
-        **{path: {"get": _get(*what)} for path, what in _GETS.items()},
+        **{path: {"get": _get(path, summary, _json(schema))} for path, (summary, schema) in _GETS.items()},
+        **{path: {"get": _get(path, summary, {kind: {}})} for path, (summary, kind) in _STREAMS.items()},
     }
     keys = {"key": {"type": "http", "scheme": "bearer"}}
     return {
@@ -125,9 +134,16 @@ def _post(path: str, summary: str, body: type[Struct], fields: dict[str, Any]) -
     }
 
 
-def _get(summary: str, schema: dict[str, Any]) -> dict[str, Any]:
-    answer = {"description": "The answer", **({"content": {"application/json": {"schema": schema}}} if schema else {})}
-    return {"summary": summary, "responses": {"200": answer, **_errors("401", "503")}}
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
+    return {"application/json": {"schema": schema}} if schema else {}
+
+
+def _get(path: str, summary: str, content: dict[str, Any]) -> dict[str, Any]:
+    answer = {"description": "The answer", **({"content": content} if content else {})}
+    names = re.findall(r"\{(\w+)\}", path)
+    given = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    found = {"summary": summary, "responses": {"200": answer, **_errors("401", "503", *(["404"] if names else []))}}
+    return {**found, "parameters": given} if given else found
 
 
 def _errors(*statuses: str) -> dict[str, Any]:
