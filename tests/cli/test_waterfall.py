@@ -73,7 +73,7 @@ def test_the_heading_has_the_latencies_and_names_each_mishap():
                 **{"prompt_tokens": 9, "adopted": 9, "recomputed": 0, "kv_bytes": 0, "chunks": 0, "transport": "none"},
                 **{"refetched": 2, "continued": 3},
             ),
-            "9 of 9 prompt tokens adopted as 0 B of KV in 0 chunks over none, 0 recomputed, 2 KV chunks fetched again,"
+            "9 of 9 prompt tokens adopted, 0 recomputed, 2 KV chunks fetched again,"
             " 3 output tokens of earlier attempts continued",
         ),
     ],

@@ -110,9 +110,11 @@ def receipt(found: Receipt) -> str:
     """What happened to the KV of a request, in a sentence."""
     if found.adopted is None:
         return "the worker did not report one"
-    moved = f"as {amount(found.kv_bytes or 0)} of KV in {count(found.chunks or 0, 'chunk')} over {found.transport}"
+    moved = ""
+    if found.chunks:  # of choices that share a transfer, one has its counts
+        moved = f" as {amount(found.kv_bytes or 0)} of KV in {count(found.chunks, 'chunk')} over {found.transport}"
     parts = [
-        f"{found.adopted} of {count(found.prompt_tokens, 'prompt token')} adopted {moved}",
+        f"{found.adopted} of {count(found.prompt_tokens, 'prompt token')} adopted{moved}",
         f"{found.recomputed} recomputed",
         *([f"preempted {count(found.preempted, 'time')}"] if found.preempted else []),
         *([f"{count(found.refetched, 'KV chunk')} fetched again"] if found.refetched else []),

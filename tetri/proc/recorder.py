@@ -33,7 +33,7 @@ from tetri.core.worker.worker import Worker
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
-from tetri.wire import clients, events, handover, messages
+from tetri.wire import clients, events, handover, messages, observation
 
 MAGIC = b"tetri-events 1\n"
 MAX_BYTES = 64 << 20  # of one record
@@ -43,7 +43,7 @@ C = TypeVar("C")
 # Every type of an event or an action, by its name.
 KINDS: dict[str, type[Any]] = {
     kind.__name__: kind
-    for module in (request, engine_request, messages, handover, clients, events, actions)
+    for module in (request, engine_request, messages, handover, observation, clients, events, actions)
     for kind in vars(module).values()
     if isinstance(kind, type) and kind.__module__ == module.__name__
 }

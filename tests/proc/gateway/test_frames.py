@@ -2,7 +2,7 @@
 
 import json
 
-from observed import observation, worker
+from observations import observation, worker
 
 from tetri import __version__
 from tetri.proc.gateway.frames import MOST_MOVES, Frames

@@ -1,7 +1,7 @@
 """The last minutes, from Observations one second apart."""
 
 import pytest
-from observed import histogram, observation, worker
+from observations import histogram, observation, worker
 
 from tetri.proc.gateway.history import IDLE, KEPT, History, InstancePoint, Point, Rates, added
 
@@ -31,6 +31,17 @@ def test_a_point_is_what_two_observations_differ_in():
     )
     (point,) = after(before, now, seconds=2.0).points
     assert point == Point(5002.0, (1.5, 1.99), (3.25, 3.25), 32.0, 2.0, (0.5, 0.25))
+
+
+@pytest.mark.parametrize(("known", "tpot"), [([1.1, 1.3, 1.2], (1.2, 1.298)), ([1.1, 1.3], (1.5, 1.99))])
+def test_percentiles_are_exact_where_all_values_are_known(known, tpot):
+    history = History()
+    history.advance(observation(), 100, 5000)
+    history.ended({"ttft_s": None, "tpot_s": each} for each in known)
+    history.advance(observation(histograms={"tpot": histogram(0, 3, 0, 0, total=3.6)}), 101, 5001)
+    assert history.points[-1].tpot == pytest.approx(tpot) and history.points[-1].ttft is None
+    history.advance(observation(histograms={"tpot": histogram(0, 4, 0, 0, total=5.1)}), 102, 5002)
+    assert history.points[-1].tpot == pytest.approx((1.5, 1.5))  # what belongs to the point before is gone
 
 
 def test_what_did_not_happen_is_none():

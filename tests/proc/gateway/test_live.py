@@ -5,7 +5,7 @@ import json
 
 import pytest
 from asgi import Asking, ask
-from observed import observation, worker
+from observations import observation, worker
 from starlette.applications import Starlette
 
 from tetri.client import RequestRefused, Unreachable

@@ -5,7 +5,7 @@ import json
 from contextlib import asynccontextmanager, suppress
 
 import pytest
-from observed import observation, worker
+from observations import histogram, observation, worker
 
 from tetri.client import Unreachable
 from tetri.proc.gateway import observatory
@@ -26,7 +26,10 @@ class Broker:
         await self.answers.wait()
         if self.error is not None:
             raise self.error
-        return observation(worker("p0"), epoch=self.epoch, serial=len(self.asked))
+        ended = {"rid": "r", "age_s": 0.0, "ttft_s": 1.25, "tpot_s": None}  # one more each time
+        ttft = histogram(0, len(self.asked), 0, 0, total=1.25 * len(self.asked))
+        happened = {"histograms": {"ttft": ttft}, "happened": {"ended": [ended]}}
+        return observation(worker("p0"), epoch=self.epoch, serial=len(self.asked), **happened)
 
 
 @asynccontextmanager
@@ -82,6 +85,16 @@ def test_while_somebody_watches_it_asks_more_often(monkeypatch):
         with found.watching():
             while len(broker.asked) < 5:
                 await asyncio.sleep(0.005)
+
+    run(talk)
+
+
+def test_a_point_knows_all_that_ended_since_the_one_before():
+    async def talk(broker, found):
+        with found.watching():  # so that there are several answers in one point
+            while not (found.history.points and len(broker.asked) > 5):
+                await asyncio.sleep(0.005)
+        assert {point.ttft for point in found.history.points} == {(1.25, 1.25)}
 
     run(talk)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from msgspec import Struct
+
+from tetri.metrics import percentile
 
 KEPT = 600  # points: one a second
 SHARES = (0.5, 0.99)
@@ -58,6 +60,7 @@ class History:
         self.added = 0
         self.points: deque[Point] = deque(maxlen=KEPT)
         self.rates: dict[str, Rates] = {}
+        self._ended: list[Mapping[str, Any]] = []  # choices, since the last point
         self._instances: dict[str, deque[InstancePoint]] = {}
         self._before: Mapping[str, Any] | None = None
         self._now = 0.0
@@ -65,6 +68,10 @@ class History:
     def instance(self, iid: str) -> Sequence[InstancePoint] | None:
         """The points of an instance, oldest first. None: it has none."""
         return self._instances.get(iid)
+
+    def ended(self, choices: Iterable[Mapping[str, Any]]) -> None:
+        """Take choices that have ended, for the next point."""
+        self._ended.extend(choices)
 
     def advance(self, observation: Mapping[str, Any], now: float, at: float) -> None:
         """Add what has happened since the last call, unless the broker has started again. `now`: seconds of any clock
@@ -80,9 +87,10 @@ class History:
             points = self._instances.setdefault(each["iid"], deque(maxlen=KEPT))
             points.append(_instance_point(each, self.rates[each["iid"]], at))
         self._instances = {iid: points for iid, points in self._instances.items() if points[-1].at > at - KEPT}
+        ended, self._ended = self._ended, []
         if before is not None:
             tokens = sum(each.decode_tokens for each in self.rates.values())
-            self.points.append(_point(before["measures"], observation["measures"], tokens, seconds, at))
+            self.points.append(_point(before["measures"], observation["measures"], ended, tokens, seconds, at))
             self.added += 1
 
 
@@ -112,20 +120,33 @@ def _instance_point(each: Mapping[str, Any], did: Rates, at: float) -> InstanceP
     return InstancePoint(at, each["role"], each["state"], *counts, load["busy"], did.fill, did.batch)
 
 
-def _point(before: Mapping[str, Any], after: Mapping[str, Any], decoded: int, seconds: float, at: float) -> Point:
+def _point(
+    before: Mapping[str, Any],
+    after: Mapping[str, Any],
+    ended: Sequence[Mapping[str, Any]],
+    decoded: int,
+    seconds: float,
+    at: float,
+) -> Point:
     def new(name: str) -> Histogram | None:
         return added(before["histograms"].get(name), after["histograms"].get(name))
 
+    def percentiles(found: Histogram | None, name: str) -> tuple[float, float] | None:
+        values = [each[name] for each in ended if each[name] is not None]
+        if found is not None and found.count == len(values):  # all are known, so that no bucket blurs them
+            half, most = (percentile(values, share) for share in SHARES)
+            return half, most
+        return found.percentiles() if found is not None else None
+
     ttft, tpot, predicted, queued = map(new, ("ttft", "tpot", "queue_predicted", "stage_queued"))
-    ended = sum(after["counts"].get("requests_ended", {}).values())
-    ended -= sum(before["counts"].get("requests_ended", {}).values())
+    counts = [sum(each["counts"].get("requests_ended", {}).values()) for each in (before, after)]
     tokens = decoded + (ttft.count if ttft else 0)  # prefill instances write the first ones
     return Point(
         at=at,
-        ttft=ttft.percentiles() if ttft else None,
-        tpot=tpot.percentiles() if tpot else None,
+        ttft=percentiles(ttft, "ttft_s"),
+        tpot=percentiles(tpot, "tpot_s"),
         tokens_s=tokens / seconds,
-        requests_s=ended / seconds,
+        requests_s=(counts[1] - counts[0]) / seconds,
         queue=(predicted.mean(), queued.mean()) if predicted and queued else None,
     )
 

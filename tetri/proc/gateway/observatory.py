@@ -89,6 +89,7 @@ class Observatory:
         now, at = time.monotonic(), time.time()
         self.observation = observation
         self._last = {"epoch": observation["epoch"], "since": observation["serial"]}
+        self.history.ended(observation["ended"])
         if now >= self._point_due - WATCHED_S / 2:  # the nearest question to it
             self._point_due = max(self._point_due, now - WATCHED_S) + POINT_S
             self.history.advance(observation, now, at)
