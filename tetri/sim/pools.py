@@ -60,6 +60,11 @@ class Served:
     batch: float | None = None
     memory: float | None = None
 
+    @property
+    def behind(self) -> bool:
+        """Whether they do not keep up with the demand."""
+        return inf in (self.ttft_s, self.tpot_s)
+
     def reaches(self, goal: Goal) -> bool:
         """Whether both limits are kept."""
         return (self.ttft_s or 0.0) <= goal.ttft_s and (self.tpot_s or 0.0) <= goal.tpot_s

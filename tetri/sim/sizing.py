@@ -46,6 +46,7 @@ class Sizing:
 
 def size(demand: Demand) -> Sizing:
     """Find the fewest instances of each role. Raises SizingError and SimError."""
+    demand.setup.check()
     _check(demand)
     prefill = _least(demand.goal, demand.prefill, demand.prefill_load)
     decode = _least(demand.goal, partial(demand.decode, prefill=prefill[0].instances), demand.decode_load)
