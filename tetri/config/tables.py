@@ -178,7 +178,7 @@ class PolicyConfig:
     heavy_tokens: int = number(_RULES.heavy_tokens, 1, 1 << 30)  # a decode whose range has a higher middle is heavy
     # The end of the length range that the dispatcher uses, so that its requests fit.
     dispatch_end: str = choice(_RULES.dispatch_end, *ENDS)
-    # The end that admission uses; the paper: low. With `high`, `peak` preempts hardly any request, and `reserve_dynamic`
+    # The end that admission uses; the paper: low. With `high`, `peak` preempts hardly any request, and reserve_dynamic
     # is no worse.
     admit_end: str = choice(_RULES.admit_end, *ENDS)
 
