@@ -67,6 +67,8 @@ def test_the_lengths_of_a_trace(run, tmp_path):
     limits = ("--rate", "20", "--ttft", "0.3", "--tpot", "0.05", *V100, "--json")
     traced, drawn = (json.loads(run(*limits, *of)[1]) for of in (("--trace", trace), LOAD[2:6]))
     assert traced == drawn
+    trace.write_text(trace.read_text(encoding="utf-8") + "10,100,8\n" * pools.SAMPLE, encoding="utf-8")
+    assert json.loads(run(*limits, "--trace", trace)[1]) == drawn
 
 
 def test_verify_simulates_the_answer_and_one_fewer_of_each(run, monkeypatch):

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from math import inf
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -105,14 +106,15 @@ def command(verify: bool, as_json: bool, **options: Any) -> int:
 
 def _lengths(options: dict[str, Any]) -> Lengths:
     """A sample of the requests. Raises TraceError and UsageError."""
-    from tetri.sim.pools import sampled
+    from tetri.sim.pools import SAMPLE, sampled
     from tetri.sim.traces import TokenCounts, replayed
 
     prompt, output = options["prompt"], options["output"]
     if options["trace"] is not None:
         if prompt or output:
             raise click.UsageError("--trace brings its own lengths: leave out --prompt and --output")
-        return [(each.prompt, each.output) for each in replayed(options["trace"]).arrivals]
+        lengths = [(each.prompt, each.output) for each in replayed(options["trace"]).arrivals]
+        return lengths if len(lengths) <= SAMPLE else Random(SEED).sample(lengths, SAMPLE)
     if not (prompt and output):
         raise click.UsageError("give --prompt and --output, the lengths in tokens, or --trace")
     return sampled(TokenCounts.parsed(prompt), TokenCounts.parsed(output), SEED)
