@@ -53,7 +53,6 @@ RULES = [
     (r"bin/tetri-gateway ", STAYS, ""),
     (r"bin/tetri-cli sim run ", RUN, ""),
     (r"bin/tetri-cli sim paper", PARSED, "tests/cli/test_sim_paper.py"),
-    (r"bin/tetri-cli size .* --verify", PARSED, "tests/cli/test_size.py"),
     (r"bin/tetri-cli profile ", PARSED, "tests/cli/test_profile.py"),
     (r"bin/tetri-cli predictor collect ", PARSED, "tests/cli/test_predictor_collect.py"),
     (r"bin/tetri-cli predictor (train|eval) ", PARSED, "tests/cli/test_predictor_eval.py"),
