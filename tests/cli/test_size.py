@@ -99,7 +99,9 @@ def test_coupled_instances_that_cannot(run, monkeypatch):
     [
         (["--ttft", "0.05"], "ttft 0.05 s: the prefill of a request alone takes 0.0"),
         (["--tpot", "0.01"], "tpot 0.01 s: a token of a request alone takes 0.0"),
-        (["--rate", "0"], "0.0 is not in the range x>0"),
+        (["--rate", "0"], "0.0 is not in the range 0<x"),
+        (["--rate", "inf"], "inf is not in the range"),
+        (["--tpot", "nan"], "must be numbers"),
         (["--share", "1"], "1.0 is not in the range"),
         (["--prompt", "many"], "lengths must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA"),
         (["--output", "0"], "lengths must be N"),

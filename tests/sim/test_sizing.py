@@ -92,7 +92,7 @@ def test_limits_that_no_number_of_instances_reaches(goal, setup, says):
 
 def test_of_requests_that_vary_only_the_share_counts():
     goal = Goal(0.1, 1.5, 1.0)
-    with pytest.raises(SizingError, match="of 90% of the requests alone takes"):
+    with pytest.raises(SizingError, match="of 90 % of the requests alone takes"):
         size(demand(goal, SETUP, prompt="100-200"))
     assert size(demand(replace(goal, share=0.3), SETUP, prompt="100-200")).prefill.enough.instances >= 1
 

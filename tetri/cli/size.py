@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
-from math import inf
+from math import inf, isnan
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from tetri.sim.setup import Setup
     from tetri.sim.sizing import Answer, Checked, Sizing
 
-POSITIVE = click.FloatRange(0, min_open=True)
+POSITIVE = click.FloatRange(0, 1e6, min_open=True)
 SEED, CHECK_SEED = 0, 1
 BOUNDS = {
     "compute": "compute",
@@ -72,7 +72,9 @@ def _listed(function: Callable[..., Any]) -> Callable[..., Any]:
     show_default=True,
     help="Share of the requests within each limit; 0.9: the limits are for the p90.",
 )
-@click.option("--verify", is_flag=True, help="Also serve the load in the simulator, with the live schedulers: seconds.")
+@click.option(
+    "--verify", is_flag=True, help="Also serve the load in the simulator, with the live schedulers: half a minute."
+)
 @deployment_options
 @json_option
 def command(verify: bool, as_json: bool, **options: Any) -> int:
@@ -87,6 +89,8 @@ def command(verify: bool, as_json: bool, **options: Any) -> int:
     from tetri.sim.traces import TraceError
 
     goal = Goal(options["rate"], options["ttft"], options["tpot"], options["share"])
+    if any(isnan(value) for value in dataclasses.astuple(goal)):
+        raise click.UsageError("--rate, --ttft, --tpot and --share must be numbers")
     try:
         setup, lengths = _setup(options), _lengths(options)
         demand = Demand(goal, setup, lengths, SEED)

@@ -2,8 +2,8 @@
 
     sizing = size(Demand(Goal(rate=5, ttft_s=2, tpot_s=0.1), Setup(cost.load("v100-opt13b")), lengths))
 
-Each role is sized by itself, by its pool (`pools`); `checked` serves the demand with whole deployments of the
-live cores.
+Each role is sized by itself, by its pool (`pools`); `checked` serves the demand with whole deployments of the live
+cores.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Sizing:
-    """The answer for each role, and for coupled instances, which do the work of both: None if no number
-    of them reaches the goal."""
+    """The answer for each role, and for coupled instances, which do the work of both: None if no number of
+    them reaches the goal."""
 
     prefill: Answer
     decode: Answer
@@ -73,7 +73,7 @@ def _check(demand: Demand) -> None:
     most = min(demand.kv_tokens, capacity.context)
     if longest > most:
         raise SizingError(f"a request of {longest} tokens is longer than the {most} that an instance holds")
-    which = f"of {goal.share:.0%} of the requests" if len({*demand.lengths}) > 1 else "of a request"
+    which = f"of {100 * goal.share:g} % of the requests" if len({*demand.lengths}) > 1 else "of a request"
     least_s = percentile([demand.prompt_s(prompt) for prompt, _ in demand.lengths], goal.share)
     if goal.ttft_s < least_s:
         raise SizingError(
