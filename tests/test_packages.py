@@ -51,7 +51,7 @@ PACKAGES = {
         " text faults",  # with faults it detokenizes, and draws chances as a live deployment does
         "msgspec",
     ),
-    "bench": package(EVERYTHING, "click rich matplotlib zmq torch vllm"),
+    "bench": package(EVERYTHING, "click rich matplotlib msgspec zmq torch vllm grafana_foundation_sdk"),
     "executor": package("core engine kv engine_request request instance wire"),
     "client": package("request wire config strict clock private", "zmq msgspec"),
     "proc": package(EVERYTHING, "click httptools msgspec prometheus_client supervisor starlette uvicorn uvloop"),
@@ -87,6 +87,7 @@ ONLY_IN = {
     "accelerate": ("models",),
     "gguf": ("models",),
     "supervisor": ("proc/supervise",),
+    "grafana_foundation_sdk": ("bench/dashboard",),
     **dict.fromkeys(("httptools", "starlette", "uvicorn", "uvloop"), ("proc/gateway",)),
     "prometheus_client": ("proc/metrics", "proc/metrics_server", "proc/gateway/live"),
     "cupy": ("kv/cuda", "engine/vllm/"),

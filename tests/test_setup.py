@@ -158,7 +158,8 @@ def test_pip_gets_a_home_where_there_is_none(checkout):
     assert calls and all(call == ["/models/stub", "/models/stub"] for call in calls), calls
 
 
-LAUNCHERS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("bin/tetri-*"), *ROOT.glob("tools/*")])
+TOOLS = [path for path in ROOT.glob("tools/*") if path.name != "setup_browser"]
+LAUNCHERS = sorted(path.relative_to(ROOT) for path in [*ROOT.glob("bin/tetri-*"), *TOOLS])
 
 
 @pytest.mark.parametrize("path", LAUNCHERS, ids=str)
@@ -179,6 +180,55 @@ def test_launchers(tmp_path, path):
     assert run() == (0, f"{program} {'a' if program == path.name else '-P'}  \nb  c\n")
 
 
+# ---------------------------------------------------------------- tools/setup_browser
+
+
+def set_up_browser(checkout, uid="0", **environment):
+    """The status, the last line, and the calls of pip and apt."""
+    checkout.program("id", f"echo {uid}")
+    done = checkout.run("tools/setup_browser", **environment)
+    calls = (checkout.stub / "calls").read_text().splitlines()
+    return done.returncode, done.stderr.splitlines()[-1], [call.replace("--no-input ", "") for call in calls]
+
+
+def apt(checkout, does=":"):
+    checkout.program("apt-get", f'echo "apt-get $*" >>"$STUB/calls"; {does}')
+
+
+def test_a_browser_comes_after_the_rest(checkout):
+    assert set_up_browser(checkout) == (1, "setup_browser: run bin/setup first", [])
+
+
+def test_a_browser_that_is_there_only_needs_its_driver_once(checkout):
+    checkout.run()
+    checkout.program("chromium", "exit 1")
+    pip = "-m pip --disable-pip-version-check install -r requirements/browser.txt"
+    ready = f"setup_browser: ready; the browser is {checkout.stub}/bin/chromium"
+    assert set_up_browser(checkout) == (0, ready, [pip])
+    assert set_up_browser(checkout) == (0, ready, [])
+    checkout.program("mine", "exit 1")
+    assert set_up_browser(checkout, TETRI_CHROMIUM=f"{checkout.stub}/bin/mine")[1] == ready.replace("chromium", "mine")
+
+
+def test_root_gets_a_browser_from_apt(checkout):
+    checkout.run()
+    apt(checkout, f'case "$1" in install) /bin/ln -s /bin/true "{checkout.stub}/bin/chromium" ;; esac')
+    status, says, calls = set_up_browser(checkout)
+    assert status == 0 and says.endswith("bin/chromium")
+    assert calls[1:] == ["apt-get update", "apt-get install -y --no-install-recommends chromium"]
+
+
+def test_why_there_is_no_browser_is_one_line(checkout):
+    checkout.run()
+    assert "takes root and apt" in set_up_browser(checkout)[1]
+    apt(checkout, "echo no such package; exit 100")
+    assert "takes root and apt" in set_up_browser(checkout, uid="1000")[1]
+    assert "apt cannot install Chromium: no such package" in set_up_browser(checkout)[1]
+    (checkout.root / "requirements" / "browser.txt").write_text("other")
+    checkout.fail_at("requirements/browser.txt", "ERROR: no such version\n")
+    assert "ERROR: no such version" in set_up_browser(checkout)[1]
+
+
 # ---------------------------------------------------------------- bin/test
 
 
@@ -196,7 +246,7 @@ def tested(checkout):
     def run(*arguments):
         done = checkout.run("bin/test", *arguments)
         calls = (checkout.stub / "calls").read_text().splitlines()
-        return done, [call.partition(" -m not model and not gpu ")[2] or call for call in calls]
+        return done, [call.partition(" -m not model and not gpu and not browser ")[2] or call for call in calls]
 
     return run
 
@@ -221,7 +271,7 @@ def test_without_a_package_all_is_checked_and_arguments_are_those_of_pytest(test
         done, calls = tested("--fast", *arguments)
         assert done.returncode == 0 and calls[:2] == ["setup", "check"]
         assert calls[2].endswith(" ".join(arguments)) and len(calls) == 3
-    assert len(tested("tests/sim")[1]) == 5
+    assert len(tested("tests/sim")[1]) == 6
 
 
 @pytest.mark.parametrize(("name", "says"), [("cor", "tetri has no package 'cor'"), ("wire", "no tests of the package")])

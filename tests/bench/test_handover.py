@@ -99,7 +99,7 @@ class Client:
         return SimpleNamespace(rid=f"r{self.served}", receipt=Receipt(prompt_tokens=9))
 
     async def status(self):
-        return {"instances": [{"iid": "d0", "running": self.running}]}
+        return {"instances": [{"iid": "d0", "load": {"running": self.running}}]}
 
 
 def test_where_the_batch_ends_too_early_fewer_rounds_are_beside_it(monkeypatch):

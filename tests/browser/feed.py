@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-PAGE = Path(__file__).parent.parent.parent / "tetri/proc/gateway/page"
-TYPES = {".html": "text/html; charset=utf-8", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml"}
+from tetri.proc.gateway.page_files import FOLDER as PAGE
+from tetri.proc.gateway.page_files import POLICY, TYPES
+
 TICK_S = 0.2
 BLOCKS = 2048
 KEPT_POINTS = 600
@@ -113,8 +113,16 @@ class World:
         self.serial += 1
         prompt, outputs = int(rng.lognormvariate(6, 0.8)), 2 + int(rng.lognormvariate(4.2, 0.7))
         queued, prefill, moving = rng.expovariate(12), prompt * 2e-4 + 0.02, 0.004 + prompt * 1e-5
-        times = [0.0, queued, queued + prefill, queued + prefill + moving, queued + prefill + moving + rng.expovariate(60)]
-        stages = zip(("queued", "prefill", "moving", "waiting", "decode"), (first,) * 3 + (second,) * 2, times, strict=True)
+        times = [
+            0.0,
+            queued,
+            queued + prefill,
+            queued + prefill + moving,
+            queued + prefill + moving + rng.expovariate(60),
+        ]
+        stages = zip(
+            ("queued", "prefill", "moving", "waiting", "decode"), (first,) * 3 + (second,) * 2, times, strict=True
+        )
         tpot = rng.uniform(0.025, 0.06)
         end = rng.choices(["done", "failed", "cancelled"], [97, 1, 2])[0]
         plan = [*stages, (end, second, times[-1] + outputs * tpot)]
@@ -194,7 +202,13 @@ class World:
         requests = {stage: sum(it.stage == stage for it in self.open.values() if it.at >= 0) for stage in stages}
         made = {"epoch": self.epoch, "now": now, "model": self.model, "version": "0.9.0", "notes": self.notes}
         made |= {"monitor": {"age_s": 0.1, "flip": "auto", "number": 1}, "requests": requests, "instances": shown}
-        made |= {"moves": self.new_moves, "ended": self.new_ended, "events": self.new_events, "missed": 0, "point": point}
+        made |= {
+            "moves": self.new_moves,
+            "ended": self.new_ended,
+            "events": self.new_events,
+            "missed": 0,
+            "point": point,
+        }
         self.new_moves, self.new_ended, self.new_events = [], [], []
         return made
 
@@ -202,8 +216,10 @@ class World:
         """The same for who has just come."""
         now = message["now"]
         moves = [[it.rid, it.stage, it.iid, 0.0, it.attempts, 0] for it in self.open.values() if it.at >= 0]
-        ended = [fields | {"age_s": now - at} for at, fields in self.ended]
-        events = [[kind, iid, now - at, note] for at, kind, iid, note in self.events]
+        told = [*self.ended][: len(self.ended) - len(self.new_ended)]  # the others are in the next message
+        ended = [fields | {"age_s": now - at} for at, fields in told]
+        told = [*self.events][: len(self.events) - len(self.new_events)]
+        events = [[kind, iid, now - at, note] for at, kind, iid, note in told]
         return message | {"moves": moves, "ended": ended, "events": events, "history": [*self.points]}
 
     def timeline(self, rid: str, choice: int, now: float) -> dict | None:
@@ -225,7 +241,9 @@ class World:
             start, tokens = begun + i * each, (i * 512, min(it.prompt, i * 512 + 512))
             events.append(["chunk", rid, where, start, first, each * 0.96, "", *tokens, tokens[1] - tokens[0], ""])
             events.append(["export", rid, where, start + each * 0.97, first, 0.001, "", i * 32, i * 32 + 32, i, ""])
-            events.append(["fetch", rid, where, start + each, second, 0.003, first, i * 32, i * 32 + 32, 1 << 20, "shm"])
+            events.append(
+                ["fetch", rid, where, start + each, second, 0.003, first, i * 32, i * 32 + 32, 1 << 20, "shm"]
+            )
         if it.attempts > 1:
             events.append(["retry", rid, where, 0.0, "broker", 0.0, "", 0, 0, 0, "worker_lost"])
         steps = [[begin + i * it.tpot, it.tpot * 0.93, second, 1, 8, 0, 1] for i in range(it.written(now))]
@@ -246,7 +264,7 @@ class Feed:
         self.world, self.key, self.broken = world, key, False
         self.lock, self.tick = threading.Lock(), threading.Condition()
         self.message: dict = {}
-        self.number, self.running = 0, True
+        self.number, self.running, self.watchers = 0, True, 0
         feed = self
 
         class Handler(_Handler):
@@ -255,7 +273,10 @@ class Feed:
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.url = f"http://127.0.0.1:{self.server.server_port}/"
-        self.threads = [threading.Thread(target=self._tick), threading.Thread(target=self.server.serve_forever)]
+        self.threads = [
+            threading.Thread(target=self._tick),
+            threading.Thread(target=self.server.serve_forever, args=(0.02,)),
+        ]
 
     def _tick(self) -> None:
         while self.running:
@@ -302,14 +323,16 @@ class _Handler(BaseHTTPRequestHandler):
         if self.of.broken:
             self.close_connection = True
         elif (PAGE / name).is_file() and "/" not in name:
-            self._answer(200, (PAGE / name).read_bytes(), TYPES[Path(name).suffix])
+            self._answer(200, (PAGE / name).read_bytes(), TYPES[(PAGE / name).suffix])
         elif not asked.path.startswith("/live"):
             self._answer(404, b"{}")
         elif self.of.key and self.headers["Authorization"] != f"Bearer {self.of.key}":
             self._answer(401, b"{}")
         elif name == "live":
+            self.of.watchers += 1
             with suppress(OSError):
                 self._live()
+            self.of.watchers -= 1
         else:
             self._detail(name, parse_qs(asked.query))
 
@@ -330,7 +353,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
     def _headers(self, kind: str, more: dict[str, str]) -> None:
-        fixed = {"Content-Type": kind, "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'"}
+        fixed = {"Content-Type": kind, "Content-Security-Policy": POLICY}
         for name, value in (fixed | {"Cache-Control": "no-store"} | more).items():
             self.send_header(name, value)
         self.end_headers()

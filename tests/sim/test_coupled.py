@@ -53,6 +53,21 @@ def test_replicas_share_the_requests():
     assert len(outcome.busy) == 2 and outcome.busy[0] == outcome.busy[1]
 
 
+def test_a_route_chooses_the_replica_and_sees_what_is_queued_and_free():
+    seen = []
+
+    def route(engines, request):
+        engines[1].advance(request.at_s)
+        seen.append((engines[1].queued(request.at_s), engines[1].free))
+        return 1
+
+    arrivals = [Arrival(0.0, 100, 5), Arrival(0.5, 200, 1), Arrival(1.5, 100, 1)]
+    outcome = coupled.run("chunked", ROOMY, COST, arrivals, replicas=2, route=route)
+    assert [request.replica for request in outcome.served] == [1, 1, 1] and not outcome.busy[0]
+    # The first prompt ends at 1 s; the second is computed beside a decode until 3 s, and counts until then.
+    assert seen == [(0, 10_000), (100, 9_900), (200, 9_899)]
+
+
 @pytest.mark.parametrize("rule", COUPLED)
 @pytest.mark.parametrize("seed", range(12))
 def test_every_request_ends_with_all_its_tokens_and_all_memory_comes_back(rule, seed):

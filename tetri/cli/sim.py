@@ -213,7 +213,7 @@ def _setup(options: dict[str, Any]) -> Any:
         flip_settings=_picked(FlipSettings, monitor),
         load_s=monitor.load_ms / 1000,
         stale_s=monitor.stale_s,
-        link_bytes_s=_bytes_s(options["link"]),
+        link_bytes_s=link_bytes_s(options["link"]),
         context=options["context"],
         seed=options["seed"],
         spans=options["plot"] is not None,
@@ -248,7 +248,8 @@ def _picked(kind: type, source: Any) -> Any:
     return kind(**{field.name: getattr(source, field.name) for field in fields(kind)})
 
 
-def _bytes_s(link: str) -> float:
+def link_bytes_s(link: str) -> float:
+    """Bytes a second of a link: its name in LINKS, or the number. Raises UsageError."""
     if link in LINKS:
         return LINKS[link]
     try:

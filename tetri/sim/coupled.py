@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from math import inf
@@ -69,17 +69,24 @@ class Replica:
     _steps: int = 0  # decode steps so far
     _context: int = 0  # KV tokens of the decode batch
     _reserved: int = 0  # KV tokens reserved for prompts in prefill
+    _queued: int = 0  # tokens of the prompts that have not been prefilled
+    _finished: int = 0  # tokens of the prompts that the last step finished
 
     @property
     def open(self) -> int:
         """Number of requests on this replica that have not ended."""
         return len(self._waiting) + len(self._decoding) + (self._started is not None)
 
+    def queued(self, now: float) -> int:
+        """Tokens of the prompts here whose prefill has not ended by `now`, to which this replica has advanced."""
+        return self._queued + (self._finished if self.now > now else 0)
+
     def add(self, request: CoupledRequest) -> None:
         """Queue a request that arrives now."""
         if not self.open:
             self.now = max(self.now, request.arrival_s)
         request.goal = request.prompt
+        self._queued += request.goal
         self._waiting.append(request)
 
     def advance(self, until: float) -> None:
@@ -91,6 +98,11 @@ class Replica:
                 self._step(plan)
             else:
                 self._decode(until)
+
+    @property
+    def free(self) -> int:
+        """Tokens of memory that no request has and no queued prompt needs."""
+        return self.limits.kv_tokens - self._context - self._queued
 
     @property
     def _free(self) -> int:
@@ -113,8 +125,10 @@ class Replica:
         """Preempt a request: its KV is freed and computed again later; its output tokens remain."""
         if request is self._started:
             self._reserved -= request.goal
+            self._queued -= request.goal
         request.preempted += 1
         request.done, request.goal = 0, request.prompt + request.made
+        self._queued += request.goal
         self._waiting.appendleft(request)
 
     def _tokens(self, request: CoupledRequest) -> int:
@@ -151,6 +165,8 @@ class Replica:
     def _first(self, request: CoupledRequest) -> None:
         """The prefill of this request is done and yields a token."""
         self._reserved -= request.goal
+        self._queued -= request.goal
+        self._finished += request.goal
         request.made += 1
         request.first_s = min(request.first_s, self.now)
         if request.made == request.output:
@@ -189,6 +205,7 @@ class Replica:
 
     def _spend(self, seconds: float, passes: int) -> None:
         self.passes += passes
+        self._finished = 0
         start, self.now = self.now, self.now + seconds
         if self.busy and self.busy[-1][1] == start:
             start = self.busy.pop()[0]
@@ -205,22 +222,37 @@ class CoupledOutcome:
     passes: tuple[int, ...]
 
 
+Routing = Callable[[Sequence[Replica], Arrival], int]
+
+
+def fewest_open(engines: Sequence[Replica], request: Arrival) -> int:
+    """The replica with the fewest open requests, on a tie the first."""
+    for engine in engines:
+        engine.advance(request.at_s)
+    return min(range(len(engines)), key=lambda i: engines[i].open)
+
+
 def run(
-    rule: str, limits: CoupledLimits, cost: Cost, requests: Iterable[Arrival], replicas: int = 1, join_s: float = 0.0
+    rule: str,
+    limits: CoupledLimits,
+    cost: Cost,
+    requests: Iterable[Arrival],
+    replicas: int = 1,
+    join_s: float = 0.0,
+    route: Routing = fewest_open,
 ) -> CoupledOutcome:
-    """Serve `requests`, which are sorted by arrival; each goes to the replica with the fewest open requests. `join_s`:
-    extra seconds of an iteration with prompts. Raises ValueError for a request that can never run or arrives out of
-    order."""
+    """Serve `requests`, which are sorted by arrival. `route` chooses the replica of each, and advances those that it
+    looks at to the arrival. `join_s`: extra seconds of an iteration with prompts. Raises ValueError for a request that
+    can never run or arrives out of order."""
     engines = [Replica(rule, limits, cost, join_s) for _ in range(replicas)]
     served: list[CoupledRequest] = []
     for arrival in requests:
         _check(arrival, limits, served)
-        for engine in engines:
-            engine.advance(arrival.at_s)
-        place = min(range(replicas), key=lambda i: engines[i].open)
+        place = route(engines, arrival)
+        engines[place].advance(arrival.at_s)
         request = CoupledRequest(arrival.at_s, arrival.prompt, arrival.output, place)
         served.append(request)
-        engines[request.replica].add(request)
+        engines[place].add(request)
     for engine in engines:
         engine.advance(inf)
     return CoupledOutcome(

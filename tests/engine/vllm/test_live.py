@@ -69,7 +69,7 @@ def test_kill_9_of_the_decode_worker(cluster, prompts, reference) -> None:
             tasks = [asyncio.create_task(client.generate(prompt, **sampling)) for sampling in samplings]
 
             def both_run() -> bool:
-                return cluster.instances()["d0"]["running"] == len(tasks)
+                return cluster.instances()["d0"]["load"]["running"] == len(tasks)
 
             await asyncio.to_thread(wait_until, both_run, "they do not run")
             cluster.kill("d0")

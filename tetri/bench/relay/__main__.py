@@ -15,7 +15,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -25,7 +25,7 @@ import click
 
 from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_folder, polled
 from tetri.bench.relay.readers import Stream, over_http, over_zmq
-from tetri.bench.relay.worker import IID, play
+from tetri.bench.relay.worker import play
 from tetri.bench.report import BenchError, Program, as_json, give, one_line, progress, table
 from tetri.config import Config
 from tetri.metrics import summarise
@@ -39,11 +39,13 @@ SETTINGS = ["cluster.dead_s=120"]
 
 
 class Phase(NamedTuple):
-    """`latencies_s` of all tokens, `cpu_s` of the relaying process, and `events` that carried tokens."""
+    """`latencies_s` of all tokens, `cpu_s` of the relaying process, and `events` that carried tokens. `shares`: of each
+    process, its processor time over the time that has passed."""
 
     latencies_s: list[float]
     cpu_s: float
     events: int
+    shares: Mapping[str, float] = {}
 
     @property
     def per_cpu_s(self) -> float:
@@ -52,7 +54,7 @@ class Phase(NamedTuple):
 
 
 class Relay:
-    """The processes: a broker, a gateway if `http`, and the played worker."""
+    """The processes: a broker, a gateway if there is HTTP, and the played workers. `url`: the gateway's."""
 
     def __init__(self, config: Config, pids: dict[str, int], orders: Connection, url: str) -> None:
         self.config, self.pids, self.orders, self.url = config, pids, orders, url
@@ -60,15 +62,23 @@ class Relay:
     def phase(self, http: bool, streams: int, steps: int, step_s: float) -> Phase:
         """Let clients read streams. Raises BenchError unless all tokens arrive."""
         self.orders.send((streams, steps, step_s))
-        pid, begun = self.pids["gateway" if http else "broker"], list[float]()
+        begun: dict[str, float] = {}
         address, read = (self.url, over_http) if http else (self.config.clients_address, over_zmq)
-        found = read(address, streams, steps, lambda: begun.append(cpu_s(pid)))
-        used = cpu_s(pid) - begun[0]
-        try:
-            sent = self.orders.recv()
-        except EOFError:
-            raise BenchError("the played worker has died") from None
-        return measured(found, sent, streams, used)
+        found = read(address, streams, steps, lambda: begun.update(self._clocks()))
+        used = {name: at - begun[name] for name, at in self._clocks().items()}
+        sent = _answer(self.orders)
+        shares = {name: used[name] / used["passed"] for name in self.pids}
+        return measured(found, sent, streams, used["gateway" if http else "broker"])._replace(shares=shares)
+
+    def _clocks(self) -> dict[str, float]:
+        return {"passed": time.monotonic(), **{name: cpu_s(pid) for name, pid in self.pids.items()}}
+
+
+def _answer(orders: Connection) -> Any:
+    try:
+        return orders.recv()
+    except EOFError:
+        raise BenchError("the played workers have died") from None
 
 
 def measured(found: Sequence[Stream], sent: Sequence[float], streams: int, used_s: float) -> Phase:
@@ -86,12 +96,13 @@ def cpu_s(pid: int) -> float:
 
 
 @contextmanager
-def running(folder: Path, http: bool) -> Iterator[Relay]:
-    """Start the processes and stop them at the end. Raises BenchError."""
+def running(folder: Path, http: bool, instances: int = 1) -> Iterator[Relay]:
+    """Start the processes, with so many played workers, and stop them at the end. Raises BenchError."""
     config = configured(EMULATED, folder, "relay", SETTINGS)
     context, programs = multiprocessing.get_context("spawn"), dict[str, subprocess.Popen[bytes]]()
     ours, theirs = context.Pipe()
-    player = context.Process(target=play, args=(config.events_address, config.inbox_address(IID), theirs), daemon=True)
+    inboxes = {iid: config.inbox_address(iid) for iid in (f"m{number}" for number in range(instances))}
+    player = context.Process(target=play, args=(config.events_address, inboxes, theirs), daemon=True)
     try:
         player.start()
         theirs.close()
@@ -99,6 +110,7 @@ def running(folder: Path, http: bool) -> Iterator[Relay]:
             programs[name] = _start(folder, name)
         url = _found(folder, lambda: _url(folder), programs) if http else ""
         _found(folder, lambda: "clients" if (folder / "clients").exists() else "", programs)
+        _answer(ours)  # all workers are registered
         yield Relay(config, {name: program.pid for name, program in programs.items()}, ours, url)
     finally:
         for program in programs.values():

@@ -53,6 +53,7 @@ class Compatibility:
         self._iids: dict[str, None] = {}
         self._groups: dict[Place, dict[Kind, Group]] = {}  # place -> deciding properties -> members
         self._found: dict[Kind, Found] = {}
+        self._others: dict[str, Found] = {}
         for member in members:
             self._iids[member.iid] = None
             reach = member.reach
@@ -72,8 +73,15 @@ class Compatibility:
 
     def others(self, instance: Instance) -> Found:
         """As `of`, without the instance itself."""
+        if instance.iid not in self._iids:
+            return self.of(instance)
+        if instance.iid not in self._others:
+            self._others[instance.iid] = self._without(instance)
+        return self._others[instance.iid]
+
+    def _without(self, instance: Instance) -> Found:
         found, own = self.of(instance), path(instance.reach, instance.reach)
-        if instance.iid not in self._iids or own is None:
+        if own is None:
             return found
         paths = {name: count - (name == own) for name, count in found.paths.items()}
         return Found({name: count for name, count in paths.items() if count}, found.incompatibility)

@@ -181,8 +181,8 @@ class Batch:
         for key in done.preempted:  # it may wait for long, so send the tokens that it has
             request = self.running[key]
             request.preempted += 1
-            self.activity.totals["preempted"] += 1
-            self.activity.add("preempted", request.offer)
+            self.activity.preempted += 1
+            self.activity.happened("preempted", request.offer)
             self.preempted[key] = request
             self._changed = True
             if len(request.tokens) > request.sent:
@@ -219,7 +219,7 @@ class Batch:
                     items.append(self.token_item(request))
                 request.mark = min(request.due, request.sent + interval)
         self.forecast.wrote(count)
-        self.activity.totals["decode_tokens"] += count
+        self.activity.decode_tokens += count
         if self.preempted:
             for sampled in tokens:
                 self.preempted.pop(sampled.key, None)

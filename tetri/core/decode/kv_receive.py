@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Collection
 
 from tetri.core.actions import Adopt, Adopted, Broken
-from tetri.core.decode.request import DecodeRequest, HandOver, size_of
+from tetri.core.decode.request import DecodeRequest, HandOver
 from tetri.core.instance.activity import ActivityLog
 from tetri.policy.pairing import FAR
 from tetri.wire.handover import Chunk
@@ -101,8 +101,10 @@ class KVReceive:
             del self.fetching[event.key]
         if hand_over is None:
             return []
-        self._trace(event, hand_over, since)
-        flow, problem = hand_over.flow, event.problem
+        flow, problem, chunk = hand_over.flow, event.problem, hand_over.flow.announced[event.index]
+        size = len(chunk.handle.slots) * chunk.handle.block_bytes
+        place = chunk.src, chunk.start, chunk.stop
+        self.activity.fetched(hand_over.lead, since, *place, size, flow.path, problem)
         if problem is not None:
             self.counters[problem] += 1
         if flow.broken is not None:
@@ -116,16 +118,6 @@ class KVReceive:
                 self.unread.clear()
             return []
         return self._retry(event.index, problem, hand_over, now)
-
-    def _trace(self, event: Adopted, hand_over: HandOver, since: float) -> None:
-        chunk, path, problem = hand_over.flow.announced[event.index], hand_over.flow.path, event.problem
-        size, note = (size_of(chunk), path) if problem is None else (0, f"{path}: {problem}")
-        blocks = {"first": chunk.start, "last": chunk.stop}
-        self.activity.add("fetch", hand_over.lead, since, peer=chunk.src, **blocks, size=size, note=note)
-        if problem is None:
-            self.activity.received(path, size, since)
-        else:
-            self.activity.not_received(path)
 
     def _retry(self, index: int, problem: str, hand_over: HandOver, now: float) -> list[Adopt]:
         """Retry a failed fetch, now or after a pause, or give the KV receive up."""

@@ -65,7 +65,7 @@ class KVInflow:
         """Record that an announced chunk is in the engine's blocks."""
         chunk = self.announced.pop(index)
         self.landed[index] = chunk.stop - chunk.start
-        self.bytes += size_of(chunk)
+        self.bytes += len(chunk.handle.slots) * chunk.handle.block_bytes
 
 
 @dataclass(slots=True, eq=False)
@@ -171,7 +171,9 @@ class HandOver:
     @property
     def lead(self) -> Offer:
         """The choice that stands for all: the first that is still here."""
-        return next((request.offer for request in self.requests.values()), self.offer)
+        for request in self.requests.values():
+            return request.offer
+        return self.offer
 
     @property
     def blocks(self) -> int:
@@ -187,11 +189,6 @@ class HandOver:
         mine, other = self.offer, message
         same_sender = (mine.src, mine.incarnation) == (other.src, other.incarnation)
         return same_sender and (mine.rid, mine.attempt, mine.offer) == (other.rid, other.attempt, other.offer)
-
-
-def size_of(chunk: Chunk) -> int:
-    """Return the number of bytes of a chunk."""
-    return len(chunk.handle.slots) * chunk.handle.block_bytes
 
 
 def key_of(message: BetweenWorkers) -> str:

@@ -2,23 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from tetri.wire.observation import Activity, EngineStep, TraceEvent, Transferred
 
 MOST_EVENTS = 2000  # that a heartbeat carries; further ones are left out
 MOST_NOTE = 200  # characters of a note: a peer may send more
-COUNTED = (
-    "steps",
-    "chunk_steps",
-    "chunk_tokens",
-    "chunk_space",
-    "decode_steps",
-    "decode_tokens",
-    "recomputed",
-    "preempted",
-    "events_left_out",
-)
 
 
 class Choice(Protocol):
@@ -35,93 +25,118 @@ class Choice(Protocol):
         ...
 
 
+@dataclass(slots=True)
+class _Received:
+    """What came over one path, as in `Transferred`."""
+
+    chunks: int = 0
+    bytes: int = 0
+    seconds: float = 0.0
+    failed: int = 0
+
+    def report(self) -> Transferred:
+        return Transferred(chunks=self.chunks, bytes=self.bytes, seconds=self.seconds, failed=self.failed)
+
+
 class ActivityLog:
     """Counts what an instance does, and traces what happens to its choices until the next heartbeat. Its prefill and
     decode phases share one. Choices that share a prefill or a transfer are traced by their lead: the first of them that
-    goes on there.
+    goes on there. The counts are those of `Activity`.
 
-    now       the time of the event that the worker handles, in seconds of its clock
-    step      the last engine step
-    totals    the counts of `Activity`
+    now     the time of the event that the worker handles, in seconds of its clock
+    step    the last engine step
     """
 
     def __init__(self, now: float) -> None:
         self.now = now
         self.step = EngineStep(now, 0.0, 0)
-        self.totals = dict.fromkeys(COUNTED, 0)
-        self._step_s = 0.0
-        self._step_tokens = 0  # of the last step
-        self._received: dict[str, Transferred] = {}
+        self.step_s = 0.0
+        self.decode_tokens = self.preempted = 0
+        self._decode_steps = self._other_steps = self._recomputed = 0
+        self._chunk_steps = self._chunk_tokens = self._chunk_space = 0
+        self._step_tokens = 0  # of the last step, if it had spans
+        self._received: dict[str, _Received] = {}  # by path
         self._events: list[TraceEvent] = []
+        self._left_out = 0
 
     # ------------------------------------------------------------ engine steps
 
-    def step_done(
-        self, began: float, batch: int, passes: int, chunk_tokens: int = 0, chunk_space: int = 0, recomputed: int = 0
-    ) -> None:
-        """Count a step that ends now. `batch`: output tokens that each of its passes wrote for decode requests.
-        `chunk_space`: tokens that the chunk could have had. `recomputed`: tokens of preempted decode requests."""
-        seconds, totals = self.now - began, self.totals
-        self.step = EngineStep(self.now, seconds, batch, chunk_tokens, passes)
-        self._step_tokens = tokens = batch + chunk_tokens + recomputed
-        if tokens:
-            totals["steps"] += passes
-            self._step_s += seconds
+    def step_done(self, seconds: float, batch: int, passes: int) -> None:
+        """Count a step that ends now. `batch`: output tokens that each of its passes wrote for decode requests."""
+        self.step = EngineStep(self.now, seconds, batch, 0, passes)
         if batch:
-            totals["decode_steps"] += passes
+            self._decode_steps += passes
+            self.step_s += seconds
+
+    def spans_done(self, chunk_tokens: int, chunk_space: int, recomputed: int) -> None:
+        """Count the tokens of the last step's spans: of its chunk, for which there was so much space, and those of
+        preempted decode requests."""
+        step = self.step
+        self._step_tokens = step.batch + chunk_tokens + recomputed
+        self._recomputed += recomputed
+        if not step.batch:
+            self._other_steps += 1
+            self.step_s += step.seconds
         if chunk_tokens:
-            totals["chunk_steps"] += 1
-            totals["chunk_tokens"] += chunk_tokens
-            totals["chunk_space"] += max(chunk_space, chunk_tokens)  # when memory is short, chunks differ from the plan
-        totals["recomputed"] += recomputed
+            self.step = EngineStep(step.at, step.seconds, step.batch, chunk_tokens)
+            self._chunk_steps += 1
+            self._chunk_tokens += chunk_tokens
+            self._chunk_space += max(chunk_space, chunk_tokens)  # when memory is short, chunks are not as planned
 
     def computed(self, kind: str, choice: Choice, first: int, last: int) -> None:
         """Trace tokens [first, last) of a choice that the last step has computed."""
-        step = self.step
-        self.add(kind, choice, step.at - step.seconds, first=first, last=last, size=self._step_tokens)
+        self.add(kind, choice, self.now - self.step.seconds, "", first, last, self._step_tokens)
 
     # ------------------------------------------------------------ all else
 
-    def received(self, path: str, size: int, since: float) -> None:
-        """Count a KV chunk that has come over `path`."""
-        was = self._received.get(path, Transferred())
-        seconds = was.seconds + self.now - since
-        self._received[path] = Transferred(was.chunks + 1, was.bytes + size, seconds, was.failed)
+    def fetched(
+        self, choice: Choice, since: float, peer: str, first: int, last: int, size: int, path: str, problem: str | None
+    ) -> None:
+        """Count and trace a fetch of KV blocks [first, last) of `size` bytes."""
+        received = self._received.get(path)
+        if received is None:
+            received = self._received[path] = _Received()
+        if problem is None:
+            received.chunks += 1
+            received.bytes += size
+            received.seconds += self.now - since
+            self.add("fetch", choice, since, peer, first, last, size, path)
+        else:
+            received.failed += 1
+            self.add("fetch", choice, since, peer, first, last, 0, f"{path}: {problem}")
 
-    def not_received(self, path: str) -> None:
-        """Count a fetch over `path` that gave no valid chunk."""
-        was = self._received.get(path, Transferred())
-        self._received[path] = Transferred(was.chunks, was.bytes, was.seconds, was.failed + 1)
+    def happened(self, kind: str, choice: Choice, peer: str = "", note: str = "") -> None:
+        """Trace what happens now."""
+        self.add(kind, choice, self.now, peer, 0, 0, 0, note[:MOST_NOTE])
 
     def add(
-        self,
-        kind: str,
-        choice: Choice,
-        since: float | None = None,
-        *,
-        peer: str = "",
-        first: int = 0,
-        last: int = 0,
-        size: int = 0,
-        note: str = "",
+        self, kind: str, choice: Choice, since: float, peer: str, first: int, last: int, size: int, note: str = ""
     ) -> None:
-        """Trace what has lasted from `since` until now, or an instant."""
-        if len(self._events) == MOST_EVENTS:
-            self.totals["events_left_out"] += 1
-            return
-        at = self.now if since is None else since
-        self._events.append(
-            TraceEvent(
-                *(kind, choice.rid, choice.attempt, at, "", self.now - at),
-                *(peer, first, last, size, note[:MOST_NOTE]),
-            )
-        )
+        """Trace what has lasted from `since` until now."""
+        events, rid, attempt = self._events, choice.rid, choice.attempt
+        if len(events) < MOST_EVENTS:
+            seconds = self.now - since
+            events.append(TraceEvent(kind, rid, attempt, since, "", seconds, peer, first, last, size, note))
+        else:
+            self._left_out += 1
 
     # ------------------------------------------------------------ reports
 
     def report(self) -> Activity:
         """The counts."""
-        return Activity(**self.totals, step_s=self._step_s, received=dict(self._received))
+        return Activity(
+            steps=self._decode_steps + self._other_steps,
+            step_s=self.step_s,
+            chunk_steps=self._chunk_steps,
+            chunk_tokens=self._chunk_tokens,
+            chunk_space=self._chunk_space,
+            decode_steps=self._decode_steps,
+            decode_tokens=self.decode_tokens,
+            recomputed=self._recomputed,
+            preempted=self.preempted,
+            received={path: each.report() for path, each in self._received.items()},
+            events_left_out=self._left_out,
+        )
 
     def traced(self) -> list[TraceEvent]:
         """What has happened since the last call."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from tetri.core.actions import BROKER, Send
@@ -32,6 +32,7 @@ class Identity:
     stream_interval   output tokens of a request per message. A step may produce as many, so a message has at most
                       twice as many, less one
     expected          expected output lengths, set while `rules.length` is "trained"
+    iid, incarnation, capacity    those of the instance: each event asks for them several times
     """
 
     instance: Instance
@@ -47,21 +48,13 @@ class Identity:
     view_s: float = 2.0
     stream_interval: int = 1
     expected: Expected | None = None
+    iid: str = field(init=False)
+    incarnation: int = field(init=False)
+    capacity: Capacity = field(init=False)
 
-    @property
-    def iid(self) -> str:
-        """The instance's id."""
-        return self.instance.iid
-
-    @property
-    def incarnation(self) -> int:
-        """Which start of the instance this is."""
-        return self.instance.incarnation
-
-    @property
-    def capacity(self) -> Capacity:
-        """What its engine can hold."""
-        return self.instance.capacity
+    def __post_init__(self) -> None:
+        for name in ("iid", "incarnation", "capacity"):
+            object.__setattr__(self, name, getattr(self.instance, name))
 
     def report(self, kind: Callable[..., WorkerEvent], **fields: Any) -> Send:
         """Return the action that sends the broker a message of this kind, with the fields of its sender."""

@@ -185,7 +185,7 @@ class Dispatcher:
         self.pool.reserve(self._number, target, need)
         self.offers[self._number] = request.key
         self._targets.setdefault(target, {})[self._number] = None
-        self.activity.add("offered", request.lead, peer=target)
+        self.activity.happened("offered", request.lead, target)
         return self.repeat(request, now)
 
     def request_of(self, answer: BetweenWorkers) -> PrefillRequest | None:
@@ -204,7 +204,7 @@ class Dispatcher:
         assert request.flow.offer is not None
         if request.flow.granted:
             return []
-        self.activity.add("granted", request.lead, peer=request.flow.target)
+        self.activity.happened("granted", request.lead, request.flow.target)
         self._end_deferral(request)
         self.timers.set(request.key, now + self.own.offer_s)
         request.flow.grant()
@@ -218,7 +218,7 @@ class Dispatcher:
         assert flow.offer is not None
         if flow.granted or flow.deferred or request.pinned:
             return
-        self.activity.add("deferred", request.lead, peer=flow.target)
+        self.activity.happened("deferred", request.lead, flow.target)
         flow.deferred, self.deferred[flow.offer] = True, None
         self.pool.deferred(flow.offer, now)
         self._look_later(request, now)

@@ -88,7 +88,7 @@ class KVSend:
         if request is None or (start, stop) != (event.start, event.stop):
             return [Free(event.handle)]
         del awaited[event.index]
-        self.activity.add("export", request.lead, since, first=start, last=stop, size=event.index)
+        self.activity.add("export", request.lead, since, "", start, stop, event.index)
         request.flow.put(KVChunk(event.index, event.start, event.stop, event.handle, event.digest))
         return self.dispatcher.announce(request, request.flow.unannounced())
 

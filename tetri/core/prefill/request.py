@@ -183,7 +183,8 @@ class PrefillRequest:
     @property
     def lead(self) -> PrefillChoice:
         """The choice that stands for all in messages that name one: the first that goes on."""
-        return next((choice for choice in self.choices if choice.open), self.choices[0])
+        first = self.choices[0]
+        return first if first.open else next((choice for choice in self.choices if choice.open), first)
 
     def open(self) -> list[PrefillChoice]:
         """Return the choices that go on, their limit apart."""
@@ -192,7 +193,7 @@ class PrefillRequest:
     @property
     def decodes(self) -> bool:
         """Whether more output may follow the first token, of any choice."""
-        return len(self.output) + 1 < self.sampling.max_tokens and bool(self.open())
+        return len(self.output) + 1 < self.sampling.max_tokens and self.lead.open
 
     @property
     def unplaced(self) -> bool:

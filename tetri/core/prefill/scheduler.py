@@ -228,7 +228,7 @@ class PrefillScheduler:
     def retreat(self, request: PrefillRequest, why: str) -> list[Action]:
         """Free the KV blocks and slots of a started request that no decode instance has granted. It starts again later,
         behind the started ones."""
-        self.activity.add("preempted", request.lead, note=why)
+        self.activity.happened("preempted", request.lead, note=why)
         self._stop(request)
         self.queue.computed(request, 0)
         request.turn = 0
@@ -255,7 +255,7 @@ class PrefillScheduler:
         for span in done.spans:
             actions += self.kv_send.export(self.requests[span.key])
         for key in done.preempted:
-            self.activity.add("preempted", self.requests[key].lead)
+            self.activity.happened("preempted", self.requests[key].lead)
             self.queue.computed(self.requests[key], 0)
         return actions
 

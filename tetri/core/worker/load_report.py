@@ -71,14 +71,9 @@ class LoadReporter:
         self.hand_overs = decode.hand_overs
         self.role, self.flip = self.own.instance.role, 0
         self.busy = 0.0
-        self._step_times = StepTimes(self.own, decode.batch)
-        self._busy_s, self._since = 0.0, now
+        self.step_times = StepTimes(self.own, decode.batch)
+        self._step_s, self._since = 0.0, now  # as of the last load report
         self._unlisted = 0  # heartbeats since the last list
-
-    def step_done(self, done: StepDone, seconds: float) -> None:
-        """Add a step in which the engine computed for `seconds`. The batch must not have its tokens yet."""
-        self._busy_s += seconds
-        self._step_times.step_done(done, seconds)
 
     def load(self) -> Load:
         """The current load. The KV blocks of a blocked prompt count as free: it gives them back for a decode request
@@ -125,8 +120,9 @@ class LoadReporter:
     def report(self, now: float) -> Publish:
         """The load report for the monitor. `busy` covers the time since the last report."""
         if now > self._since:
-            self.busy = min(self._busy_s / (now - self._since), 1.0)
-            self._busy_s, self._since = 0.0, now
+            step_s = self.activity.step_s
+            self.busy = min((step_s - self._step_s) / (now - self._since), 1.0)
+            self._step_s, self._since = step_s, now
         own = self.own
         return Publish(LoadReport(iid=own.iid, incarnation=own.incarnation, role=self.role, load=self.load()))
 
@@ -151,7 +147,7 @@ class LoadReporter:
             slots_used=self.prefill.slots_used,
             predictor=None if estimator is None else estimator.status(),
             unread_by={iid: each.why for iid, each in readers.breaker.failing.items()},
-            step_ratio=self._step_times.report(),
+            step_ratio=self.step_times.report(),
             at=self.activity.now,
             activity=self.activity.report(),
             traced=self.activity.traced(),

@@ -243,19 +243,22 @@ class Worker:
 
     def _step_done(self, done: StepDone, now: float) -> list[Action]:
         self.stepping = False
-        self.reporter.step_done(done, now - self._step_at)
+        seconds = now - self._step_at
+        self.reporter.step_times.step_done(done, seconds)
         if done.steps == 1:
             self.ledger.check(done.held)
-        choices, batch, decoded = self.prefill.choices, self.decode.batch, done
+        choices, batch, prefilled, decoded = self.prefill.choices, self.decode.batch, None, done
         actions, self._queued_own = self._queued_own, []
         if self.prefill.queue.started:  # otherwise everything in `done` belongs to the decode scheduler
             prefilled, decoded = done.part(choices, inside=True), done.part(choices, inside=False)
+        self.activity.step_done(seconds, len(decoded.tokens), done.steps)
+        if done.spans:
+            chunk = _tokens(prefilled.spans) if prefilled is not None else 0
+            self.activity.spans_done(chunk, self.prefill.budget, _tokens(done.spans) - chunk)
+        if prefilled is not None:
             strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
             strained = strained or any(span.key in batch.preempted for span in done.spans)
-            self._count_step(prefilled.spans, decoded)
             actions += self.prefill.step_done(prefilled, now, strained=strained)
-        else:
-            self._count_step((), decoded)
         # Also for requests that end in this step: accuracy is judged by their last estimate.
         for estimate in decoded.estimates:
             self.decode.estimates(estimate)
@@ -264,16 +267,13 @@ class Worker:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
-        others = self.lone_steps.yields or self.prefill.queue.blocked() is not None
-        way_out = self.decode.stuck() or (batch.stuck() and others)
-        self.idle = not (done.spans or done.tokens or done.allocated or way_out)
+        self.idle = not (done.spans or done.tokens or done.allocated or self._way_out())
         return actions
 
-    def _count_step(self, chunk: Sequence[Span], decoded: StepDone) -> None:
-        tokens = sum([span.stop - span.start for span in chunk]) if chunk else 0
-        again = sum([span.stop - span.start for span in decoded.spans]) if decoded.spans else 0
-        batch, space = len(decoded.tokens), self.prefill.budget
-        self.activity.step_done(self._step_at, batch, decoded.steps, tokens, space, again)
+    def _way_out(self) -> bool:
+        """Whether the next step may make progress after one that made none."""
+        others = self.lone_steps.yields or self.prefill.queue.blocked() is not None
+        return self.decode.stuck() or (self.decode.batch.stuck() and others)
 
     def _set_fetch_timer(self, actions: list[Action]) -> list[Action]:
         """Set the timer that fetches a lost KV chunk again, if there is one."""
@@ -319,7 +319,7 @@ class Worker:
             self.dispatcher.defer(request, now)
             return []
         if isinstance(event, Refuse):
-            self.activity.add("refused", request.lead, peer=event.src, note=event.why)
+            self.activity.happened("refused", request.lead, event.src, event.why)
             hopeless = event.unread and self.dispatcher.readers.failed(request, event, now)
             if hopeless or request.pinned or not request.flow.movable:
                 why = f"{event.src} cannot go on with the KV: {event.why}"
@@ -361,7 +361,7 @@ class Worker:
         actions = self.hand_overs.orphaned(iid)
         for request in self.dispatcher.aimed_at(iid):
             if request.flow.movable and not request.pinned and not (request.may_decode and request.lost):
-                self.activity.add("refused", request.lead, peer=iid, note="it was lost")
+                self.activity.happened("refused", request.lead, iid, "it was lost")
                 actions += self.prefill.lost_with(request, iid) if request.may_decode else ()
                 self.dispatcher.refused(request, "lost")
             else:  # also a request that may have killed two
@@ -427,3 +427,7 @@ class Worker:
             actions += self.prefill.give_up(request, why, retry=bool(avoid), avoid=avoid)
             self.idle = False
         return [*actions, *self.dispatcher.dispatch(now)]
+
+
+def _tokens(spans: Sequence[Span]) -> int:
+    return sum([span.stop - span.start for span in spans])

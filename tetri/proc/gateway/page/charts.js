@@ -129,7 +129,7 @@ export function drawLine(canvas, events, now, span) { // [at, kind, iid]
     pen.fillStyle = colour("dim");
     pen.fillRect(Math.round(x(now - back)), y - 3, 1, 8);
     pen.textAlign = back === 0 ? "right" : back === span ? "left" : "center";
-    pen.fillText(back ? `−${span > 120 ? `${back / 60} min` : `${back} s`}` : "now", x(now - back) + (back === 0 ? 6 : back === span ? -6 : 0), height - 3);
+    pen.fillText(back ? `−${span > 120 ? `${back / 60} min` : `${back} s`}` : "now", x(now - back), height - 3);
   }
   pen.textAlign = "center";
   pen.font = pen.font.replace("11px", "17px");

@@ -47,7 +47,7 @@ function factList(pairs) {
 function tableOf(title, heads, rows) {
   const kept = rows.slice(0, MOST_ROWS).map((row) => make("tr", ...row.map((text) => make("td", text))));
   if (rows.length > MOST_ROWS) kept.push(make("tr", make("td", { colSpan: heads.length }, `and ${rows.length - MOST_ROWS} more`)));
-  const head = make("tr", ...heads.map((text) => make("th", { scope: "col" }, text)));
+  const head = make("tr", ...heads.map((text) => make("th", text)));
   return make("details", make("summary", { id: "as-table" }, title), make("table", make("thead", head), make("tbody", ...kept)));
 }
 
@@ -57,13 +57,12 @@ const LANES = { chunk: "chunks", recompute: "recomputed", export: "KV out", fetc
 const BAD = ["retry", "refused", "preempted"];
 
 function wordsOf([kind, , attempt, , , , peer, first, last, size, note]) {
-  const with_ = {
-    chunk: `tokens ${first} to ${last}, ${size} in the step`, recompute: `tokens ${first} to ${last} again, ${size} in the step`,
-    export: `KV chunk ${size}, blocks ${first} to ${last}`, fetch: `from ${peer}, blocks ${first} to ${last}, ${bytes(size)}`,
-    offered: `to ${peer}`, granted: `by ${peer}`, deferred: `by ${peer}`, refused: `by ${peer}`, migrated: `from ${peer}`,
-    retry: `attempt ${attempt}`,
+  const range = `${first} to ${last}`, tokens = `tokens ${range}, ${size} in the step`, by = `by ${peer}`;
+  const text = {
+    chunk: tokens, recompute: tokens, export: `KV chunk ${size}, blocks ${range}`, fetch: `from ${peer}, blocks ${range}, ${bytes(size)}`,
+    offered: `to ${peer}`, granted: by, deferred: by, refused: by, migrated: `from ${peer}`, retry: `attempt ${attempt}`,
   }[kind];
-  return [with_, note].filter((part) => part).join(": ");
+  return [text, note].filter((part) => part).join(": ");
 }
 
 function spansOf(it) { // {lane, start, span, iid, what, more, tone}, by lane
@@ -132,7 +131,7 @@ function showTimeline(it, view) {
 async function timeline(id) { // the id of a further choice ends with its number
   const path = (rid, choice) => `live/requests/${encodeURIComponent(rid)}?choice=${choice}`;
   const [, rid, choice] = /^(.+)\.(\d+)$/.exec(id) ?? [];
-  return (await ask(path(id, 0))) ?? (rid ? ask(path(rid, choice)) : null);
+  return (rid && await ask(path(rid, choice))) ?? ask(path(id, 0));
 }
 
 export function explain(id) {

@@ -67,3 +67,5 @@ export function bytes(x) {
 }
 
 export const ratio = (x) => (x == null ? none : `×${x.toFixed(2)}`);
+
+export const ENDS = ["done", "failed", "cancelled"]; // stages

@@ -1,17 +1,16 @@
 // Requests on their way between the banks: dots behind the cards, and a faint line for each hand-over of late.
 
 import { cardOf } from "./banks.js";
-import { colour, find } from "./dom.js";
+import { ENDS, colour, find } from "./dom.js";
 
 const MOST = 300; // dots at once; the numbers beside them count all
 const HOP_MS = 650, FRAME_MS = 30, LINE_MS = 4000, MOST_LINES = 30;
-const ENDS = ["done", "failed", "cancelled"];
 const still = matchMedia("(prefers-reduced-motion: reduce)");
 
 const canvas = find("flow"), pen = canvas.getContext("2d");
 const places = new Map(); // id of an open choice -> iid of who had it last
 const dots = []; // {path, start, tone}
-const lines = new Map(); // "from to" -> when the last hand-over began
+const lines = new Map(); // [from, to] -> when the last hand-over began
 let colours = {}, drawn = 0, frame = 0;
 
 export function forget() {
@@ -34,8 +33,7 @@ export function resize() {
 export function showMoves(moves, first) {
   const now = performance.now(), routes = new Map();
   for (const [rid, stage, iid, age, attempt] of moves) {
-    const from = places.get(rid), ended = ENDS.includes(stage);
-    const route = routes.get(rid) ?? { stops: [from ?? ""], age, attempt, stage };
+    const ended = ENDS.includes(stage), route = routes.get(rid) ?? { stops: [places.get(rid) ?? ""], age };
     if (iid && iid !== route.stops.at(-1)) route.stops.push(iid);
     if (ended) route.stops.push("");
     Object.assign(route, { stage, attempt });
@@ -46,7 +44,7 @@ export function showMoves(moves, first) {
   if (first) return; // what happened before the page was open
   const oldest = Math.max(...[...routes.values()].map((route) => route.age), 0);
   for (const route of routes.values()) follow(route, now, Math.min(oldest - route.age, 1) * 1000);
-  if (routes.size) wake();
+  if (dots.length + lines.size) wake();
 }
 
 function follow({ stops, attempt, stage }, now, delay) {
@@ -54,8 +52,9 @@ function follow({ stops, attempt, stage }, now, delay) {
     const from = stops[i - 1];
     if (i === 0 || from === to) return;
     if (from && to) {
-      lines.delete(`${from} ${to}`);
-      lines.set(`${from} ${to}`, now); // the newest are last
+      const key = JSON.stringify([from, to]);
+      lines.delete(key);
+      lines.set(key, now); // the newest are last
     }
     if (still.matches || document.hidden || dots.length >= MOST) return;
     const bad = stage === "failed" || (attempt > 1 && to);
@@ -69,7 +68,7 @@ function middle(iid, box) {
 }
 
 function curve(from, to, box, seen) { // geometry is read once a frame for each pair; "" is outside
-  const key = `${from} ${to}`;
+  const key = JSON.stringify([from, to]);
   if (!seen.has(key)) {
     const a = middle(from, box), b = middle(to, box), stacked = box.width < 700;
     const start = from ? a : b && (stacked ? { x: box.width / 2, y: 0 } : { x: 0, y: b.y });
@@ -91,7 +90,7 @@ function point({ start, end }, t) { // a cubic curve that leaves and arrives lev
 function drawLines(now, box, seen) {
   for (const key of [...lines.keys()].slice(0, -MOST_LINES)) lines.delete(key);
   for (const [key, at] of lines) {
-    const left = 1 - (now - at) / LINE_MS, path = left > 0 && curve(...key.split(" "), box, seen);
+    const left = 1 - (now - at) / LINE_MS, path = left > 0 && curve(...JSON.parse(key), box, seen);
     if (!path) { lines.delete(key); continue; }
     pen.globalAlpha = 0.06 + 0.3 * left;
     pen.strokeStyle = colours.ink;
@@ -132,8 +131,6 @@ function draw(now) {
   if (dots.length) wake(); // without dots, the next message draws
 }
 
-export function wake() {
+function wake() {
   frame ||= requestAnimationFrame(draw);
 }
-
-export const moving = () => dots.length + lines.size;

@@ -8,7 +8,7 @@ import * as flow from "./flow.js";
 import * as requests from "./requests.js";
 import { Stream, hasKey, keep, onRefused } from "./stream.js";
 
-const KEPT_POINTS = 600, KEPT_EVENTS = 200, SHOWN_EVENTS = 50, SAY_MS = 4000;
+const KEPT_POINTS = 600, KEPT_EVENTS = 200, SHOWN_EVENTS = 50, SAY_MS = 3000;
 const state = { first: true, points: [], events: [], instances: [], sizes: "", now: 0 };
 
 const latest = (iid) => state.instances.find((it) => it.iid === iid);
@@ -94,7 +94,6 @@ function receive(data) {
   if (sizes !== state.sizes) flow.resize();
   state.sizes = sizes;
   flow.showMoves(data.moves, first);
-  if (flow.moving()) flow.wake();
   link("live", data.monitor ? "live" : "live, no view of the monitor yet");
   state.first = false;
   if (first || data.events.length) showEvents();
@@ -140,6 +139,7 @@ function writeCommands() {
 
 requests.onExplain(detail.explain);
 writeCommands();
-new ResizeObserver(() => { flow.resize(); if (state.now) drawAll(); }).observe(find("banks"));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { flow.resize(); if (state.now) drawAll(); });
+const redraw = () => { flow.resize(); if (state.now) drawAll(); };
+new ResizeObserver(redraw).observe(find("banks"));
+matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
 stream.start();

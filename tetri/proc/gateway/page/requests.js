@@ -1,9 +1,8 @@
 // The list of recent requests: open ones first, then ended ones, newest first.
 
-import { count, find, fit, make, mark, none, seconds, write } from "./dom.js";
+import { ENDS, count, find, fit, make, mark, none, seconds, write } from "./dom.js";
 
 const OPEN = 6, ROWS = 60; // rows
-const ENDS = ["done", "failed", "cancelled"];
 const FAILED = { cancelled: "cancelled", deadline: "failed", error: "failed" };
 
 const open = new Map(); // id -> row of an open choice, last moved last

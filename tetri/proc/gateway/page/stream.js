@@ -1,7 +1,7 @@
 // The live stream: reads /live, connects again by itself, and asks for the API key when the server does.
 
 const SILENT_MS = 5000; // the server writes at least once a second
-const PAUSES_MS = [500, 1000, 2000, 5000];
+const LONGEST_MS = 5000; // between two tries
 const KEY = "tetri-api-key";
 
 let refused = null; // called with whether a key was given and not accepted
@@ -88,6 +88,6 @@ export class Stream {
     if (this.running !== control) return; // stopped on purpose
     this.running = null;
     this.lost(why);
-    this.timer = setTimeout(() => this.start(), PAUSES_MS[Math.min(this.failures++, PAUSES_MS.length - 1)]);
+    this.timer = setTimeout(() => this.start(), Math.min(500 * 2 ** this.failures++, LONGEST_MS));
   }
 }
