@@ -51,7 +51,7 @@ class Activity(Record, frozen=True):
     events_left_out: Count = 0
 
 
-class EngineStep(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+class EngineStep(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     """One engine step, or several that ran in one go. `at`: its end, in seconds of the worker's own clock. `batch`:
     output tokens that one pass wrote for decode requests; `chunk_tokens`: prompt tokens computed beside them. `passes`:
     forward passes."""
@@ -63,7 +63,7 @@ class EngineStep(Struct, frozen=True, array_like=True, forbid_unknown_fields=Tru
     passes: Count = 1
 
 
-class TraceEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+class TraceEvent(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     """Something that happened to a choice on the instance `iid` ("broker": at the broker; "" in a Heartbeat: at its
     sender), apart from its decode steps. What happened to choices that share a prefill or a transfer is reported for
     one of them, the first that went on there. `at`: when it began; in a Heartbeat on the worker's own clock, in a
