@@ -11,9 +11,9 @@ APPEARS_MS = 2000
 PATIENCE_MS = 20_000
 
 AT_REQUEST = "document.activeElement.classList.contains('rid')"
-# Of each card: texts that are cut off, and pairs of texts that overlap.
-CLASHES = """() => [...document.querySelectorAll('.card')].flatMap((card) => {
-  const edge = card.getBoundingClientRect().right - 1;
+# Of each card and caption: texts that are cut off, and pairs of texts that overlap.
+CLASHES = """() => [...document.querySelectorAll('.card, figcaption')].flatMap((card) => {
+  const edge = card.getBoundingClientRect().right + (card.matches('.card') ? -1 : 1);
   const shown = [...card.querySelectorAll('b, span')].filter((it) => !it.children.length && it.textContent.trim()
     && getComputedStyle(it).clipPath === 'none' && it.checkVisibility());
   const boxes = shown.map((it) => [it.textContent, it.getBoundingClientRect()]);
@@ -26,6 +26,7 @@ PLACES = """() => JSON.stringify([...document.querySelectorAll('.card, .panel, .
   const { x, y, width, height } = it.getBoundingClientRect();
   return [x, y, width, height];
 }))"""
+SIDEWAYS = "document.documentElement.scrollWidth > innerWidth"
 COUNT_FRAMES = """window.frames_asked = 0;
 const ask = requestAnimationFrame.bind(window);
 window.requestAnimationFrame = (call) => { window.frames_asked++; return ask(call); };"""
@@ -83,9 +84,10 @@ def test_what_a_card_says(show):
             text.filter(has_text=fact).wait_for(timeout=PATIENCE_MS)
 
 
-def test_a_role_change_and_a_killed_worker_appear_within_two_seconds(show):
+@pytest.mark.parametrize("width", [360, 1440])
+def test_a_role_change_and_a_killed_worker_appear_within_two_seconds(show, width):
     with serving(4) as feed:
-        page = show(feed.url)
+        page = show(feed.url, width)
         shown(page, 4)
         feed.flip("p1", "decode")
         page.locator("#bank-decode #card-p1").wait_for(timeout=APPEARS_MS)
@@ -95,6 +97,7 @@ def test_a_role_change_and_a_killed_worker_appear_within_two_seconds(show):
         page.locator("#card-d0[data-state=lost]").filter(has_text="lost").wait_for(timeout=APPEARS_MS)
         page.locator("#events li").filter(has_text="d0 lost").wait_for(timeout=APPEARS_MS)
         page.locator("#said").filter(has_text="d0 lost").wait_for(timeout=PATIENCE_MS, state="attached")
+        assert page.evaluate(SIDEWAYS) is False
 
 
 def test_a_waterfall_opens_by_keyboard_alone(show, busy):
@@ -149,8 +152,9 @@ def test_a_further_choice_is_asked_for_by_its_number(show, busy):
         page.keyboard.press("Enter")
 
 
-def test_an_instance_shows_its_load_over_time(show, busy):
-    page = show(busy.url)
+@pytest.mark.parametrize("width", [360, 1440])
+def test_an_instance_shows_its_load_over_time(show, busy, width):
+    page = show(busy.url, width)
     page.locator("#card-d0").focus(timeout=PATIENCE_MS)
     page.keyboard.press("Enter")
     page.locator("#detail figure").nth(3).wait_for(timeout=PATIENCE_MS)
@@ -158,6 +162,7 @@ def test_an_instance_shows_its_load_over_time(show, busy):
     assert [label.partition(":")[0].strip() for label in labels] == [
         *("Requests", "KV memory in use", "Busy and chunk fill", "Batch"),
     ]
+    assert page.evaluate(CLASHES) == []
     page.locator("#detail summary").click()
     assert page.locator("#detail tbody tr").count() > 0
     page.keyboard.press("Escape")
@@ -180,6 +185,17 @@ def test_it_asks_for_the_key_keeps_it_in_the_tab_and_says_when_it_is_wrong(show)
         shown(page, 4)
         assert page.evaluate("Object.values(localStorage).length + document.cookie.length") == 0
         assert "right" not in page.url
+
+
+def test_requests_of_a_broker_that_is_gone_are_forgotten(show):
+    with serving(4, rate=5, seconds=5) as feed:
+        page = show(feed.url)
+        page.locator("#requests [data-stage=decode]").first.wait_for(timeout=PATIENCE_MS)
+        with feed.lock:
+            feed.world.rate, feed.world.epoch = 0, 2
+            feed.world.open.clear()
+        page.locator("#requests [data-stage=decode]").first.wait_for(timeout=PATIENCE_MS, state="detached")
+        assert page.locator("#requests [data-stage=done]").count() > 0
 
 
 def test_it_connects_again_by_itself_and_says_so(show):
@@ -240,7 +256,7 @@ def test_nothing_overlaps_or_is_cut_off_jumps_or_scrolls_sideways(show, number, 
             page.wait_for_timeout(300)
             assert page.evaluate(CLASHES) == []
             assert page.evaluate(PLACES) == places
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate(SIDEWAYS) is False
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])
