@@ -326,7 +326,7 @@ class Broker:
     def _explain(self, client: bytes, asked: Explain, now: float) -> Reply:
         """The answer to an Explain. It may name the request by its key, as long as the key is known."""
         name = choice_id(self.table.keys.get(asked.rid, asked.rid), asked.choice)
-        found = self.observer.timeline(name, self.table.choices.get(name), now)
+        found = self.observer.timelines.timeline(name, self.table.choices.get(name), now)
         if found is None:
             return refuse(client, asked.rid, f"nothing is known here of choice {asked.choice} of request {asked.rid}")
         return Reply(client, found)

@@ -13,7 +13,7 @@ from tetri.core.broker.timelines import Timelines
 from tetri.wire.clients import Done, Observation, Status
 from tetri.wire.kept import pack_step
 from tetri.wire.messages import Heartbeat, Tokens
-from tetri.wire.observation import EngineStep, StepSpan, Timeline
+from tetri.wire.observation import EngineStep, StepSpan
 
 
 class Observer:
@@ -91,12 +91,7 @@ class Observer:
         self.meters.count("role_changes", f"{was}>{role}")
         self.happened("role", iid, f"{was} > {role} in {took_s:.2f} s", now)
 
-    # ------------------------------------------------------------ the answers
-
-    def timeline(self, name: str, choice: Choice | None, now: float) -> Timeline | None:
-        """The timeline of the choice with the id `name`; `choice` is None if it is not in the table. None if nothing is
-        known of it."""
-        return self.timelines.timeline(name, choice, now)
+    # ------------------------------------------------------------ the answer
 
     def observation(self, status: Status, epoch: int, since: int, now: float) -> Observation:
         """The answer to an Observe. After a restart of the broker `since` has no meaning here: all is told."""
