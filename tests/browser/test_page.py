@@ -173,6 +173,9 @@ def test_it_asks_for_the_key_keeps_it_in_the_tab_and_says_when_it_is_wrong(show)
     with serving(4, key="right") as feed:
         page = show(feed.url)
         page.expected.append("401")
+        page.locator("#key").fill("€", timeout=PATIENCE_MS)  # no header can hold it
+        page.keyboard.press("Enter")
+        assert page.locator("#key:invalid").is_visible()
         for key in ("wrong", "right"):
             page.locator("#key").fill(key, timeout=PATIENCE_MS)
             assert page.locator(".card").count() == 0
