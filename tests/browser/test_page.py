@@ -7,7 +7,6 @@ import pytest
 from feed import PAGE, serving
 
 pytestmark = pytest.mark.browser
-APPEARS_MS = 2000
 PATIENCE_MS = 20_000
 
 AT_REQUEST = "document.activeElement.classList.contains('rid')"
@@ -85,17 +84,15 @@ def test_what_a_card_says(show):
 
 
 @pytest.mark.parametrize("width", [360, 1440])
-def test_a_role_change_and_a_killed_worker_appear_within_two_seconds(show, width):
+def test_a_role_change_and_a_killed_worker_appear_within_two_seconds(show, soon, width):
     with serving(4) as feed:
         page = show(feed.url, width)
         shown(page, 4)
-        feed.flip("p1", "decode")
-        page.locator("#bank-decode #card-p1").wait_for(timeout=APPEARS_MS)
+        event, lost = page.locator("#events li"), page.locator("#card-d0[data-state=lost]")
+        turned = page.locator("#bank-decode #card-p1"), event.filter(has_text="p1 role")
+        soon(lambda: feed.flip("p1", "decode"), *turned)
         assert bank(page, "prefill") == ["p0"]
-        page.locator("#events li").filter(has_text="p1 role").wait_for(timeout=APPEARS_MS)
-        feed.kill("d0")
-        page.locator("#card-d0[data-state=lost]").filter(has_text="lost").wait_for(timeout=APPEARS_MS)
-        page.locator("#events li").filter(has_text="d0 lost").wait_for(timeout=APPEARS_MS)
+        soon(lambda: feed.kill("d0"), lost.filter(has_text="lost"), event.filter(has_text="d0 lost"))
         page.locator("#said").filter(has_text="d0 lost").wait_for(timeout=PATIENCE_MS, state="attached")
         assert page.evaluate(SIDEWAYS) is False
 
