@@ -29,7 +29,7 @@ def test_medians_and_limits():
         "broker_tok_cpu_s": {"alone": 10_000, "idle": 10_000, "page": 9900, "scrape": 9900, "both": 9800},
         "gateway_percent": {"alone": 0.0, "idle": 0.5, "page": 1.2, "scrape": 1.1, "both": 2.0},
         "observation_ms": 0.4,
-        "ratio": {"median": 0.98, "low": 0.9, "high": 0.99},
+        "ratio": {"medians": 0.98, "low": 0.9, "high": 0.99},
         "ok": True,
     }
     assert watching.shown(found).splitlines()[-1] == "within the limits: yes"
