@@ -63,3 +63,11 @@ def test_measures_do_not_change_once_they_are_taken():
     meters.count("retries", "not_held")
     meters.histograms["itl"].add(0.1)
     assert before == Meters().measures()
+
+
+def test_every_label_is_counted_from_the_start():
+    counts = Meters().measures().counts
+    assert counts["role_changes"].keys() == {
+        "prefill>decode", "prefill>mixed", "decode>prefill", "decode>mixed", "mixed>prefill", "mixed>decode",
+    }  # fmt: skip
+    assert all(labels and not any(labels.values()) for labels in counts.values())
