@@ -9,6 +9,7 @@ import msgspec
 
 from tetri.client.conversation import Call, Patience
 from tetri.client.frames import RequestRefused, change_role, frame
+from tetri.request import choice_id
 from tetri.wire.clients import (
     BrokerReply,
     Cancel,
@@ -95,14 +96,14 @@ class Explanation(Call[dict[str, Any]]):
 
     def __init__(self, rid: str, choice: int, patience: Patience, now: float) -> None:
         super().__init__(patience, now)
-        self._rid = rid
+        self._name = choice_id(rid, choice)
         self._frame = frame(Explain(rid=rid, choice=choice))
 
     def question(self, now: float) -> bytes:
         return self._frame
 
     def names(self) -> tuple[str, ...]:
-        return (self._rid,)
+        return (self._name,)
 
     def receive(self, reply: BrokerReply, now: float) -> bool:
         if isinstance(reply, Refused):

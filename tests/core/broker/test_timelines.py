@@ -94,10 +94,10 @@ def test_of_an_open_choice_it_is_what_is_known_so_far():
     assert (found.reason, found.stage, found.prompt_tokens, found.outputs) == (None, Stage.PREFILL, 2, 0)
 
 
-def test_the_key_of_its_submit_names_a_request_too_as_long_as_it_is_known(served):
-    assert explain(served, "k") == explain(served)
-    served.later(GRACE_S + 0.1)
+def test_what_is_not_known_is_refused_by_the_id_of_the_choice(served):
     assert explain(served, "k") == "nothing is known here of choice 0 of request k"
+    (refused,) = replies(served.tell(FromClient(b"onlooker", Explain(rid=RID, choice=1))), b"onlooker")
+    assert refused.key == f"{RID}.1"
     assert explain(served, RID, 1) == f"nothing is known here of choice 1 of request {RID}"
 
 

@@ -128,16 +128,10 @@ function showTimeline(it, view) {
   refill(factsOf(it), make("p.views", ...buttons), waterfall(spans, until), ...left, tableOf("As a table", ["at", "took", "where", "what", "more"], rows));
 }
 
-async function timeline(id) { // the id of a further choice ends with its number
-  const path = (rid, choice) => `live/requests/${encodeURIComponent(rid)}?choice=${choice}`;
-  const [, rid, choice] = /^(.+)\.(\d+)$/.exec(id) ?? [];
-  return (rid && await ask(path(rid, choice))) ?? ask(path(id, 0));
-}
-
 export function explain(id) {
   const view = {};
   return present(`Request ${id}`, async (current) => {
-    const it = await timeline(id);
+    const it = await ask(`live/requests/${encodeURIComponent(id)}`);
     if (!current()) return false;
     if (it === null) body.replaceChildren(make("p", "No such request is known: it never was, or it ended too long ago."));
     else showTimeline(it, view);
