@@ -104,9 +104,9 @@ function waterfall(spans, until) {
 }
 
 function factsOf(it) {
-  const tpot = it.reason && it.outputs > 1 && it.ttft_s != null ? (it.jct_s - it.ttft_s) / (it.outputs - 1) : null, got = it.receipt;
+  const got = it.receipt;
   return factList([
-    ["ended", it.reason ?? `open: ${it.stage}`], ["TTFT", seconds(it.ttft_s)], ["TPOT", seconds(tpot)], ["JCT", seconds(it.jct_s)],
+    ["ended", it.reason ?? `open: ${it.stage}`], ["TTFT", seconds(it.ttft_s)], ["TPOT", seconds(it.tpot_s)], ["JCT", seconds(it.jct_s)],
     ["tokens in", count(it.prompt_tokens)], ["out", count(it.outputs)], ["attempts", count(it.attempts)],
     ["KV moved", got && got.kv_bytes != null ? `${bytes(got.kv_bytes)} over ${got.transport}` : null],
     ["adopted", got && count(got.adopted)], ["recomputed", got && count(got.recomputed)], ["preempted", got?.preempted ? count(got.preempted) : null],
