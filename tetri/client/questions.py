@@ -52,52 +52,15 @@ class Cancellation(Call[None]):
         return True
 
 
-class Inspection(Call[dict[str, Any]]):
-    """Asks for the cluster's Status."""
+class Question(Call[dict[str, Any]]):
+    """Asks for one reply of the kind `answered`."""
 
-    asked: type[Inspect | CheckReadiness] = Inspect
-    answered: type[Status | Readiness | Observation] = Status
+    answered: type[Status | Readiness | Observation | Timeline | RoleChanged]
 
-    def question(self, now: float) -> bytes:
-        return frame(self.asked())
-
-    def names(self) -> tuple[str, ...]:
-        return ("",)
-
-    def receive(self, reply: BrokerReply, now: float) -> bool:
-        if isinstance(reply, self.answered):
-            self.answer = _plain(reply)
-            self.end()
-            return True
-        return False
-
-
-class ReadinessCheck(Inspection):
-    """Asks for the cluster's Readiness."""
-
-    asked, answered = CheckReadiness, Readiness
-
-
-class Look(Inspection):
-    """Asks for an Observation: what has happened since the one before."""
-
-    answered = Observation
-
-    def __init__(self, epoch: int, since: int, patience: Patience, now: float) -> None:
+    def __init__(self, asked: bytes, name: str, patience: Patience, now: float) -> None:
+        """`asked`: the frame. `name`: that of the reply, "" if such replies have none."""
         super().__init__(patience, now)
-        self._frame = frame(Observe(epoch=epoch, since=since))
-
-    def question(self, now: float) -> bytes:
-        return self._frame
-
-
-class Explanation(Call[dict[str, Any]]):
-    """Asks for the Timeline of a choice. Raises RequestRefused if the broker knows nothing of it."""
-
-    def __init__(self, rid: str, choice: int, patience: Patience, now: float) -> None:
-        super().__init__(patience, now)
-        self._name = choice_id(rid, choice)
-        self._frame = frame(Explain(rid=rid, choice=choice))
+        self._frame, self._name = asked, name
 
     def question(self, now: float) -> bytes:
         return self._frame
@@ -106,43 +69,71 @@ class Explanation(Call[dict[str, Any]]):
         return (self._name,)
 
     def receive(self, reply: BrokerReply, now: float) -> bool:
-        if isinstance(reply, Refused):
-            self.end(RequestRefused(reply.reason))
-        elif isinstance(reply, Timeline):
-            self.answer = _plain(reply)
-            self.end()
-        else:
+        if not isinstance(reply, self.answered):
             return False
+        self.answer = msgspec.to_builtins(reply)
+        del self.answer["type"]
+        self.end()
         return True
 
 
-class RoleQuestion(Call[dict[str, Any]]):
-    """Changes the role of an instance; answered when the instance has its new role. Raises BadRequest."""
-
-    def __init__(self, key: str, iid: str, role: str, patience: Patience, now: float) -> None:
-        super().__init__(patience, now)
-        self.doubt = f"is it up, and is {iid} not stuck?"
-        self._key, self._frame = key, change_role(key, iid, role)
-
-    def question(self, now: float) -> bytes:
-        return self._frame
-
-    def names(self) -> tuple[str, ...]:
-        return (self._key,)
+class RefusableQuestion(Question):
+    """Asks for what the broker may refuse. Raises RequestRefused."""
 
     def receive(self, reply: BrokerReply, now: float) -> bool:
         if isinstance(reply, Refused):
             self.end(RequestRefused(reply.reason))
-        elif isinstance(reply, RoleChanged):
-            self.answer = _plain(reply)
-            del self.answer["key"]
-            self.end()
-        else:
-            return False
-        return True
+            return True
+        return super().receive(reply, now)
 
 
-def _plain(reply: Status | Readiness | Observation | Timeline | RoleChanged) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.to_builtins(reply)
-    del plain["type"]
-    return plain
+class Inspection(Question):
+    """Asks for the cluster's Status."""
+
+    answered = Status
+
+    def __init__(self, patience: Patience, now: float) -> None:
+        super().__init__(frame(Inspect()), "", patience, now)
+
+
+class ReadinessCheck(Question):
+    """Asks for the cluster's Readiness."""
+
+    answered = Readiness
+
+    def __init__(self, patience: Patience, now: float) -> None:
+        super().__init__(frame(CheckReadiness()), "", patience, now)
+
+
+class ObservationQuestion(Question):
+    """Asks for an Observation: what has happened since the one before."""
+
+    answered = Observation
+
+    def __init__(self, epoch: int, since: int, patience: Patience, now: float) -> None:
+        super().__init__(frame(Observe(epoch=epoch, since=since)), "", patience, now)
+
+
+class Explanation(RefusableQuestion):
+    """Asks for the Timeline of a choice."""
+
+    answered = Timeline
+
+    def __init__(self, rid: str, choice: int, patience: Patience, now: float) -> None:
+        super().__init__(frame(Explain(rid=rid, choice=choice)), choice_id(rid, choice), patience, now)
+
+
+class RoleQuestion(RefusableQuestion):
+    """Changes the role of an instance; answered when the instance has its new role. Raises BadRequest."""
+
+    answered = RoleChanged
+
+    def __init__(self, key: str, iid: str, role: str, patience: Patience, now: float) -> None:
+        super().__init__(change_role(key, iid, role), key, patience, now)
+        self.doubt = f"is it up, and is {iid} not stuck?"
+
+    def receive(self, reply: BrokerReply, now: float) -> bool:
+        taken = super().receive(reply, now)
+        if self.answer is not None:
+            self.answer.pop("key", None)
+        return taken
