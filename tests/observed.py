@@ -44,7 +44,7 @@ def timeline(**fields):
     known = {
         **{"type": "timeline", "rid": "r1", "choice": 0, "choices": 1, "age_s": 12.0, "prompt_tokens": 768},
         **{"outputs": 7, "attempts": 2, "stage": "done", "reason": "length", "error": None, "ttft_s": 0.5},
-        **{"jct_s": 2.0, "receipt": None, "stages": stages, "events": EVENTS, "left_out": 0},
+        **{"tpot_s": 0.25, "jct_s": 2.0, "receipt": None, "stages": stages, "events": EVENTS, "left_out": 0},
         "steps": [[0.4, 0.1, "p0", 1, 0, 256, 1], *steps, [1.9, 0.1, "d1", 1, 1, 128, 1]],
     }
     return {**known, **fields}

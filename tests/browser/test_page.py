@@ -140,11 +140,11 @@ def test_a_request_is_found_by_its_identifier_and_a_retry_is_named(show):
         page.get_by_text("No such request is known").wait_for(timeout=PATIENCE_MS)
 
 
-def test_a_further_choice_is_asked_for_by_its_number(show, busy):
+def test_a_further_choice_is_asked_for_by_its_id(show, busy):
     page = show(busy.url)
     shown(page, 4)
     page.expected.append("404")  # the feed knows first choices only
-    with page.expect_request(lambda request: "live/requests/abc?choice=2" in request.url, timeout=PATIENCE_MS):
+    with page.expect_request(lambda request: request.url.endswith("live/requests/abc.2"), timeout=PATIENCE_MS):
         page.locator("#rid").fill("abc.2")
         page.keyboard.press("Enter")
 

@@ -54,7 +54,8 @@ def test_the_heading_has_the_latencies_and_names_each_mishap():
         ("migrated", "at 1.50 s: from d0 to d1"),
         ("preempted", "at 1.60 s: lost its memory to others"),
     ]
-    still = typed(reason=None, jct_s=None, ttft_s=None, stage="prefill", choice=1, choices=3, events=[], left_out=7)
+    late = {"jct_s": None, "ttft_s": None, "tpot_s": None}
+    still = typed(**late, reason=None, stage="prefill", choice=1, choices=3, events=[], left_out=7)
     assert heading(still)[0] == ("request", "r1.1 (choice 1 of 3): prefill now, arrived 12 s ago")
     assert heading(still)[1][1] == "TTFT -   TPOT -   JCT -" and heading(still)[-1][0] == "left out"
     assert ("error", "no worker") in heading(typed(reason="error", error="no worker"))

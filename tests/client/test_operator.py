@@ -54,7 +54,8 @@ def test_a_request_of_any_client_ends_without_a_secret():
 
 def test_an_operator_looks_on_as_a_client_does():
     def reply(message):
-        return [observation(serial=8) if message["type"] == "observe" else timeline(rid=message["rid"])]
+        rid, choice = message.get("rid"), message.get("choice")
+        return [observation(serial=8) if message["type"] == "observe" else timeline(rid=rid, choice=choice)]
 
     with FakeBroker(reply) as broker, Operator(broker.address, **FAST) as operator:
         assert operator.observe(3, 7)["serial"] == 8 and operator.explain("r1", 2)["rid"] == "r1"

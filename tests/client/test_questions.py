@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from fake_broker import STATUS, FakeBroker, Scripted, answer, done
+from observed import timeline
 
 import tetri
 from tests.client.script import FAST, refused
@@ -53,3 +54,21 @@ def test_the_readiness_and_the_status_may_be_asked_for_at_once():
     with FakeBroker(lambda message: [replies[message["type"]]]) as broker:
         status, readiness = asyncio.run(ask(broker.address))
     assert status["model"] == STATUS["model"] and readiness["why"] == "no pair"
+
+
+def test_a_choice_is_explained_by_its_id_and_by_its_number_at_once():
+    """Each call gets the answer to its own question, in whatever order they come."""
+
+    async def ask(address):
+        async with tetri.AsyncClient(address, **FAST) as client:
+            asked = [client.explain("r1"), client.explain("r1", 2), client.explain("r1.1"), client.explain("r8", 1)]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+    def reply(message):
+        rid, _, index = message["rid"].partition(".")
+        choice = int(index or message["choice"])
+        return [refused("r8.1") if rid == "r8" else timeline(rid=rid, choice=choice)]
+
+    with FakeBroker(reply) as broker:
+        *found, unknown = asyncio.run(ask(broker.address))
+    assert [each["choice"] for each in found] == [0, 2, 1] and isinstance(unknown, RequestRefused)

@@ -178,6 +178,20 @@ def test_what_is_not_known_has_no_sample():
     )
 
 
+def test_an_instance_that_needs_more_memory_than_it_has_has_none_free():
+    found = observation()
+    put(found, f"{D}/load/free_blocks", -2)
+    shown = exposed(found)
+    assert shown["tetri_kv_free_blocks", (("iid", "d0"),)] == 0
+    assert shown["vllm:kv_cache_usage_perc", (("model_name", "m"),)] == 1
+
+
+def test_a_stage_without_requests_has_0():
+    stages = ("queued", "prefill", "moving", "waiting", "decode")
+    shown = exposed(observation())
+    assert [shown["tetri_requests_open", (("stage", stage),)] for stage in stages] == [0] * 5
+
+
 def test_openmetrics_reads_them_too():
     text = exposition.generate_latest(DeploymentCollector(lambda: Found(observation(), 16))).decode()
     assert {family.name for family in parser.text_string_to_metric_families(text)} >= {

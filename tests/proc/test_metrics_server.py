@@ -1,11 +1,13 @@
 """The broker's own /metrics."""
 
 import socket
+import threading
 import urllib.request
+from contextlib import ExitStack
 
 import pytest
 from fake_broker import STATUS, FakeBroker, instance
-from live import free_port
+from live import free_port, wait_until
 
 from tetri.net.errors import NetError
 from tetri.proc import metrics_server
@@ -46,3 +48,19 @@ def test_a_port_that_is_taken_is_one_line():
         says = rf"^http://127.0.0.1:{port} cannot be used .*broker.metrics_port"
         with pytest.raises(NetError, match=says), served(port, Source("ipc:///nowhere", 16)):
             pass
+
+
+def test_clients_that_send_nothing_take_few_threads_for_a_bounded_time(monkeypatch):
+    monkeypatch.setattr(metrics_server.Handler, "timeout", 0.5)
+    port, threads = free_port(), threading.active_count()
+    with (
+        FakeBroker(lambda message: [OBSERVATION]) as broker,
+        served(port, Source(broker.address, 16)),
+        ExitStack() as stack,
+    ):
+        for _ in range(3 * metrics_server.MOST_SCRAPES):
+            stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=20)).sendall(b"GET /met")
+        most = threads + metrics_server.MOST_SCRAPES + 2  # the broker's and the server's own
+        assert threading.active_count() <= most
+        wait_until(lambda: threading.active_count() <= threads + 2, "the threads wait for ever")
+        assert 'tetri_instance_up{iid="p0",role="prefill"} 1.0' in scraped(port)

@@ -33,7 +33,7 @@ STEPS = [pack_step(StepSpan(ARRIVAL + 2.5 + at, 0.25, "d1", 1, 7, 16, 1)) for at
 
 def facts(moves=MOVES, done=DONE, events=()):
     moved = [Moved(9, ARRIVAL + at, "r1.1", stage, iid, attempt, 0) for at, stage, iid, attempt in moves]
-    asked = ("r1", 1, 2, ARRIVAL, ARRIVAL + 1.5, 8, 5, moves[-1][3], moves[-1][1], done)
+    asked = ("r1", 1, 2, ARRIVAL, ARRIVAL + 1.5, 0.5, 8, 5, moves[-1][3], moves[-1][1], done)
     return Facts(*asked, moved, list(events), 3)
 
 

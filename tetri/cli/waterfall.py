@@ -88,12 +88,12 @@ def heading(timeline: Timeline) -> list[tuple[str, str]]:
     """What stands above the waterfall, as (title, text): the choice as a whole, and each mishap."""
     of = f" (choice {timeline.choice} of {timeline.choices})" if timeline.choices > 1 else ""
     state = f"{timeline.stage} now" if timeline.reason is None else timeline.reason
-    outputs, jct, ttft = timeline.outputs, timeline.jct_s, timeline.ttft_s
-    tpot = (jct - ttft) / (outputs - 1) if jct is not None and ttft is not None and outputs > 1 else None
+    tokens = f"{timeline.prompt_tokens} prompt   {timeline.outputs} output"
+    latencies = {"TTFT": timeline.ttft_s, "TPOT": timeline.tpot_s, "JCT": timeline.jct_s}
     lines = [
         ("request", f"{choice_id(timeline.rid, timeline.choice)}{of}: {state}, arrived {ago(timeline.age_s)} ago"),
-        ("latency", f"TTFT {seconds(ttft)}   TPOT {seconds(tpot)}   JCT {seconds(jct)}"),
-        ("tokens", f"{timeline.prompt_tokens} prompt   {outputs} output   {count(timeline.attempts, 'attempt')}"),
+        ("latency", "   ".join(f"{name} {seconds(value)}" for name, value in latencies.items())),
+        ("tokens", f"{tokens}   {count(timeline.attempts, 'attempt')}"),
     ]
     if timeline.receipt is not None:
         lines.append(("receipt", receipt(timeline.receipt)))

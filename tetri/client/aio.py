@@ -11,7 +11,7 @@ from typing import Any, Self, TypeAlias, TypeVar
 from tetri.client.conversation import Call, Request
 from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, PieceT, Prompt
 from tetri.client.frames import Event, Result, TetriError
-from tetri.client.questions import Explanation, Inspection, Look, ReadinessCheck
+from tetri.client.questions import Explanation, Inspection, ObservationQuestion, ReadinessCheck
 
 T = TypeVar("T")
 AsyncEvents: TypeAlias = "AsyncStream[Event]"
@@ -45,7 +45,7 @@ class AsyncClient(BaseClient["AsyncStream[str]", "AsyncEvents"]):
     async def observe(self, epoch: int = 0, since: int = 0) -> dict[str, Any]:
         """Return what has happened since the Observation with this `epoch` and `serial` (docs/protocol.md): status,
         measures, moves of requests, ends and events. Without them: all that the broker keeps."""
-        return await self._finish(self._ask(Look, epoch, since))
+        return await self._finish(self._ask(ObservationQuestion, epoch, since))
 
     async def explain(self, rid: str, choice: int = 0) -> dict[str, Any]:
         """Return how a choice of a request was served, or is: its stages, events and engine steps (docs/protocol.md,

@@ -9,6 +9,7 @@ import msgspec
 
 from tetri.client.conversation import Call, Patience
 from tetri.client.frames import RequestRefused, change_role, frame
+from tetri.request import choice_id
 from tetri.wire.clients import (
     BrokerReply,
     Cancel,
@@ -51,97 +52,88 @@ class Cancellation(Call[None]):
         return True
 
 
-class Inspection(Call[dict[str, Any]]):
-    """Asks for the cluster's Status."""
+class Question(Call[dict[str, Any]]):
+    """Asks for one reply of the kind `answered`."""
 
-    asked: type[Inspect | CheckReadiness] = Inspect
-    answered: type[Status | Readiness | Observation] = Status
+    answered: type[Status | Readiness | Observation | Timeline | RoleChanged]
+
+    def __init__(self, asked: bytes, name: str, patience: Patience, now: float) -> None:
+        """`asked`: the frame. `name`: that of the reply, "" if such replies have none."""
+        super().__init__(patience, now)
+        self._frame, self._name = asked, name
 
     def question(self, now: float) -> bytes:
-        return frame(self.asked())
+        return self._frame
 
     def names(self) -> tuple[str, ...]:
-        return ("",)
+        return (self._name,)
 
     def receive(self, reply: BrokerReply, now: float) -> bool:
-        if isinstance(reply, self.answered):
-            self.answer = _plain(reply)
-            self.end()
+        if not isinstance(reply, self.answered):
+            return False
+        self.answer = msgspec.to_builtins(reply)
+        del self.answer["type"]
+        self.end()
+        return True
+
+
+class RefusableQuestion(Question):
+    """Asks for what the broker may refuse. Raises RequestRefused."""
+
+    def receive(self, reply: BrokerReply, now: float) -> bool:
+        if isinstance(reply, Refused):
+            self.end(RequestRefused(reply.reason))
             return True
-        return False
+        return super().receive(reply, now)
 
 
-class ReadinessCheck(Inspection):
+class Inspection(Question):
+    """Asks for the cluster's Status."""
+
+    answered = Status
+
+    def __init__(self, patience: Patience, now: float) -> None:
+        super().__init__(frame(Inspect()), "", patience, now)
+
+
+class ReadinessCheck(Question):
     """Asks for the cluster's Readiness."""
 
-    asked, answered = CheckReadiness, Readiness
+    answered = Readiness
+
+    def __init__(self, patience: Patience, now: float) -> None:
+        super().__init__(frame(CheckReadiness()), "", patience, now)
 
 
-class Look(Inspection):
+class ObservationQuestion(Question):
     """Asks for an Observation: what has happened since the one before."""
 
     answered = Observation
 
     def __init__(self, epoch: int, since: int, patience: Patience, now: float) -> None:
-        super().__init__(patience, now)
-        self._frame = frame(Observe(epoch=epoch, since=since))
-
-    def question(self, now: float) -> bytes:
-        return self._frame
+        super().__init__(frame(Observe(epoch=epoch, since=since)), "", patience, now)
 
 
-class Explanation(Call[dict[str, Any]]):
-    """Asks for the Timeline of a choice. Raises RequestRefused if the broker knows nothing of it."""
+class Explanation(RefusableQuestion):
+    """Asks for the Timeline of a choice."""
+
+    answered = Timeline
 
     def __init__(self, rid: str, choice: int, patience: Patience, now: float) -> None:
-        super().__init__(patience, now)
-        self._rid = rid
-        self._frame = frame(Explain(rid=rid, choice=choice))
-
-    def question(self, now: float) -> bytes:
-        return self._frame
-
-    def names(self) -> tuple[str, ...]:
-        return (self._rid,)
-
-    def receive(self, reply: BrokerReply, now: float) -> bool:
-        if isinstance(reply, Refused):
-            self.end(RequestRefused(reply.reason))
-        elif isinstance(reply, Timeline):
-            self.answer = _plain(reply)
-            self.end()
-        else:
-            return False
-        return True
+        super().__init__(frame(Explain(rid=rid, choice=choice)), choice_id(rid, choice), patience, now)
 
 
-class RoleQuestion(Call[dict[str, Any]]):
+class RoleQuestion(RefusableQuestion):
     """Changes the role of an instance; answered when the instance has its new role. Raises BadRequest."""
 
+    answered = RoleChanged
+
     def __init__(self, key: str, iid: str, role: str, patience: Patience, now: float) -> None:
-        super().__init__(patience, now)
+        super().__init__(change_role(key, iid, role), key, patience, now)
         self.doubt = f"is it up, and is {iid} not stuck?"
-        self._key, self._frame = key, change_role(key, iid, role)
-
-    def question(self, now: float) -> bytes:
-        return self._frame
-
-    def names(self) -> tuple[str, ...]:
-        return (self._key,)
 
     def receive(self, reply: BrokerReply, now: float) -> bool:
-        if isinstance(reply, Refused):
-            self.end(RequestRefused(reply.reason))
-        elif isinstance(reply, RoleChanged):
-            self.answer = _plain(reply)
-            del self.answer["key"]
-            self.end()
-        else:
-            return False
-        return True
-
-
-def _plain(reply: Status | Readiness | Observation | Timeline | RoleChanged) -> dict[str, Any]:
-    plain: dict[str, Any] = msgspec.to_builtins(reply)
-    del plain["type"]
-    return plain
+        taken = super().receive(reply, now)
+        if self.answer is not None:
+            self.answer.pop("key", None)
+        return taken

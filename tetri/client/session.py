@@ -10,6 +10,7 @@ from typing import Any
 
 from tetri.client.conversation import Call, Request
 from tetri.client.frames import TetriError, parse
+from tetri.request import choice_id
 from tetri.wire.clients import Accepted, BrokerReply, Delta, Done, Observation, Readiness, Status
 from tetri.wire.observation import Timeline
 
@@ -182,6 +183,8 @@ class Session:
 
 
 def _name(reply: BrokerReply) -> str:
-    if isinstance(reply, Delta | Done | Timeline):
+    if isinstance(reply, Delta | Done):
         return reply.rid
+    if isinstance(reply, Timeline):
+        return choice_id(reply.rid, reply.choice)
     return "" if isinstance(reply, Status | Readiness | Observation) else reply.key

@@ -12,10 +12,11 @@ from prometheus_client.metrics_core import Metric as Family
 from prometheus_client.registry import Collector
 
 import tetri
-from tetri.request import DECODE_ROLES
+from tetri.request import DECODE_ROLES, Stage
 
 Samples = Iterable[tuple[tuple[str, ...], Any]]  # values of labels, value
 ANY = "any"  # every decode instance
+OPEN_STAGES = [stage.value for stage in Stage if not stage.ended]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +94,11 @@ class DeploymentCollector(Collector):
         if found.http is not None:
             for metric in GATEWAY:
                 yield metric.family(found)
+
+
+def free_blocks(load: Mapping[str, Any]) -> int:
+    """Free KV blocks of an instance: none while it needs more than it has, until it preempts."""
+    return max(int(load["free_blocks"]), 0)
 
 
 def _counted(name: str) -> Callable[[Found], Samples]:
@@ -176,7 +182,7 @@ def _open(*stages: str) -> Callable[[Found], Samples]:
 def _decode_blocks(found: Found) -> tuple[int, int]:
     """KV blocks of the decode instances, and how many of them are free."""
     loads = [
-        (each["blocks"], each["load"]["free_blocks"])
+        (each["blocks"], free_blocks(each["load"]))
         for each in found.status["instances"]
         if each["role"] in DECODE_ROLES and each["state"] == "ready"
     ]
@@ -222,7 +228,7 @@ REQUESTS = _metrics(
     ("tetri_requests_refused_total", "counter", "reason", _REFUSED, _counted("requests_refused")),
     (
         *("tetri_requests_open", "gauge", "stage", "open choices in each stage"),
-        lambda found: (((stage,), count) for stage, count in found.status["requests"].items()),
+        lambda found: [((stage,), found.status["requests"].get(stage, 0)) for stage in OPEN_STAGES],
     ),
     ("tetri_retries_total", "counter", "reason", _RETRIED, _counted("retries")),
     ("tetri_role_changes_total", "counter", "was role", "changes of role that were carried out", _role_changes),
@@ -278,7 +284,7 @@ INSTANCES = _metrics(
     ),
     ("tetri_preemptions_total", "counter", "iid", "preemptions of decode requests", _activity("preempted")),
     ("tetri_kv_blocks", "gauge", "iid", "KV blocks", _each(lambda instance: instance["blocks"])),
-    ("tetri_kv_free_blocks", "gauge", "iid", "free KV blocks", _load("free_blocks")),
+    ("tetri_kv_free_blocks", "gauge", "iid", "free KV blocks", _each(lambda instance: free_blocks(instance["load"]))),
     ("tetri_queued_prompts", "gauge", "iid", "prompts in the prefill queue", _load("queued")),
     ("tetri_queued_seconds", "gauge", "iid", "predicted seconds of prefill work in the queue", _load("queued_s")),
     ("tetri_decode_requests", "gauge", "iid state", "waiting, running", _decodes),

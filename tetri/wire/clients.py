@@ -73,8 +73,8 @@ class Observe(Record, tag="observe", frozen=True):
 
 
 class Explain(Record, tag="explain", frozen=True):
-    """Asks for the Timeline of a choice, open or ended. Operators send it too. `rid`: id of the request. The answer is
-    Refused if nothing is known of it (any more)."""
+    """Asks for the Timeline of a choice, open or ended. Operators send it too. `rid`: id of the request, or
+    of the choice. The answer is Refused if nothing is known of it (any more), with the id of the choice as its key."""
 
     rid: Name
     choice: Count = 0

@@ -39,6 +39,7 @@ class Facts(Struct, frozen=True, array_like=True):
     choices: Count
     arrival: float
     first_at: float | None
+    tpot_s: float | None
     prompt_tokens: Count
     outputs: Count
     attempts: Count
@@ -97,6 +98,7 @@ def timeline(facts: Facts, steps: Steps, count: int, now: float) -> Timeline:
         reason=None if done is None else done.reason,
         error=None if done is None else done.error,
         ttft_s=None if first_at is None else first_at - arrival,
+        tpot_s=facts.tpot_s,
         jct_s=None if done is None else done.jct_s,
         receipt=None if done is None else done.receipt,
         stages=_stage_spans(facts.moves, arrival, now),

@@ -187,7 +187,8 @@ class StepSpan(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fi
 
 class Timeline(Record, tag="timeline", frozen=True):
     """All that is known of how a choice was served. Times are in seconds since the request's arrival, which was
-    `age_s` seconds ago. `reason`: None while it is open. `left_out`: events and steps that were not kept."""
+    `age_s` seconds ago. `reason`: None while it is open. `tpot_s`: as in Ended, or so far. `left_out`: events and steps
+    that were not kept."""
 
     rid: Name
     choice: Count
@@ -200,6 +201,7 @@ class Timeline(Record, tag="timeline", frozen=True):
     reason: str | None = None
     error: str | None = None
     ttft_s: float | None = None
+    tpot_s: float | None = None
     jct_s: float | None = None
     receipt: Receipt | None = None
     stages: list[StageSpan] = []

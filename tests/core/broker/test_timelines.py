@@ -13,7 +13,7 @@ from tetri.core.actions import Detokenized, FromClient
 from tetri.core.broker import timelines
 from tetri.core.broker.requests import MOST_EVENTS, MOST_STEPS
 from tetri.request import Stage
-from tetri.wire.clients import Explain, Refused
+from tetri.wire.clients import EndRequest, Explain, Observe, Refused
 from tetri.wire.events import PeerDown
 from tetri.wire.observation import EngineStep, StageSpan, StepSpan, TraceEvent
 
@@ -75,6 +75,18 @@ def test_it_has_the_stages_the_holders_and_the_steps_on_the_time_since_the_arriv
     assert found.receipt.decode_instance == "d1" and found.age_s == 6.0
 
 
+def test_its_tpot_is_that_of_the_ended_request_up_to_the_last_token():
+    told = serving("p1", "d1", limits={"dead_s": 60.0})
+    told.tell(submit())
+    at(told, 2.0, tokens("p1", RID, 0, 7))
+    at(told, 2.0, staged("d1", RID, Stage.DECODE))
+    at(told, 3.0, tokens("d1", RID, 1, 8, 9))
+    assert explain(told).tpot_s == 0.5
+    at(told, 9.0, FromClient(b"onlooker", EndRequest(rid=RID)))
+    (observed,) = replies(told.tell(FromClient(b"onlooker", Observe())), b"onlooker")
+    assert (explain(told).tpot_s, explain(told).jct_s) == (0.5, 9.0) and observed.ended[-1].tpot_s == 0.5
+
+
 def test_it_is_the_same_once_the_request_is_forgotten(served):
     before = explain(served)
     served.later(GRACE_S + 0.1)
@@ -94,10 +106,10 @@ def test_of_an_open_choice_it_is_what_is_known_so_far():
     assert (found.reason, found.stage, found.prompt_tokens, found.outputs) == (None, Stage.PREFILL, 2, 0)
 
 
-def test_the_key_of_its_submit_names_a_request_too_as_long_as_it_is_known(served):
-    assert explain(served, "k") == explain(served)
-    served.later(GRACE_S + 0.1)
+def test_what_is_not_known_is_refused_by_the_id_of_the_choice(served):
     assert explain(served, "k") == "nothing is known here of choice 0 of request k"
+    (refused,) = replies(served.tell(FromClient(b"onlooker", Explain(rid=RID, choice=1))), b"onlooker")
+    assert refused.key == f"{RID}.1"
     assert explain(served, RID, 1) == f"nothing is known here of choice 1 of request {RID}"
 
 

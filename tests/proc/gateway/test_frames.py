@@ -112,6 +112,11 @@ def test_what_an_instance_shows():
     ]
 
 
+def test_an_instance_that_needs_more_memory_than_it_has_shows_none():
+    found, _ = Seconds().pass_(worker(load={"free_blocks": -2})).read()
+    assert found["instances"][0]["free"] == 0
+
+
 def test_a_broker_that_is_away_is_named_and_the_rest_stays():
     seconds = Seconds()
     seconds.frames.missed("away", 0.5, 1000.5)

@@ -106,6 +106,10 @@ def test_the_minutes_of_an_instance():
     assert history.instance("d1") is None
 
 
+def test_an_instance_that_needs_more_memory_than_it_has_has_none():
+    assert after(observation(worker(load={"free_blocks": -2}))).instance("d0")[-1].free == 0
+
+
 def test_only_so_much_is_kept():
     history = History()
     for second in range(KEPT + 10):

@@ -324,11 +324,11 @@ class Broker:
         return [*replies, *self.lifecycle.end_all(request.choices, "cancelled", now)]
 
     def _explain(self, client: bytes, asked: Explain, now: float) -> Reply:
-        """The answer to an Explain. It may name the request by its key, as long as the key is known."""
-        name = choice_id(self.table.keys.get(asked.rid, asked.rid), asked.choice)
+        """The answer to an Explain. Clients know it by the id of the choice, a refusal too."""
+        name = choice_id(asked.rid, asked.choice)
         found = self.observer.timelines.timeline(name, self.table.choices.get(name), now)
         if found is None:
-            return refuse(client, asked.rid, f"nothing is known here of choice {asked.choice} of request {asked.rid}")
+            return refuse(client, name, f"nothing is known here of choice {asked.choice} of request {asked.rid}")
         return Reply(client, found)
 
     def _attach(self, client: bytes, message: Attach, request: Request, now: float) -> list[Action]:

@@ -69,9 +69,7 @@ class Observer:
 
     def ended(self, choice: Choice, done: Done, now: float) -> None:
         """A choice has ended."""
-        outputs, tpot_s = len(choice.output), None
-        if outputs > 1 and choice.first_at is not None and choice.last_at is not None:
-            tpot_s = (choice.last_at - choice.first_at) / (outputs - 1)
+        tpot_s = choice.tpot_s
         self.meters.ended(done, tpot_s)
         self.history.ended(choice.id, done, tpot_s, choice.prefill or "", choice.decode or "", now)
 

@@ -160,6 +160,14 @@ class Choice:
         """The prefill instance that still has to compute the prompt; None once a token is known."""
         return self.prefill if self.stage in BEFORE_TOKENS else None
 
+    @property
+    def tpot_s(self) -> float | None:
+        """Seconds per output token after the first; None if there were fewer than two."""
+        later = len(self.output) - 1
+        if later < 1 or self.first_at is None or self.last_at is None:
+            return None
+        return (self.last_at - self.first_at) / later
+
     def extend(self, tokens: list[Token]) -> bool:
         """Append tokens to the output. False: it is with log probabilities, and these are without."""
         if self.logprobs is None:

@@ -11,6 +11,7 @@ import msgspec
 
 import tetri
 from tetri.proc.gateway.history import IDLE, History, Rates
+from tetri.proc.metrics import free_blocks
 
 MOST_MOVES, MOST_ENDED, MOST_EVENTS = 512, 256, 256
 _encode = msgspec.json.encode
@@ -123,7 +124,7 @@ def _instance(each: Mapping[str, Any], did: Rates) -> dict[str, Any]:
     load = each["load"]
     return {
         **{name: each[name] for name in ("iid", "role", "state", "note", "blocks")},
-        "free": load["free_blocks"],
+        "free": free_blocks(load),
         **{name: load[name] for name in ("queued", "queued_tokens", "queued_s")},
         **{name: load[name] for name in ("waiting", "landed", "running", "heavy", "busy")},
         **{"fill": did.fill, "batch": did.batch, "received_bytes_s": round(did.received_bytes_s)},

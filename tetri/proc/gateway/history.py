@@ -9,6 +9,7 @@ from typing import Any
 from msgspec import Struct
 
 from tetri.metrics import percentile
+from tetri.proc.metrics import free_blocks
 
 KEPT = 600  # points: one a second
 SHARES = (0.5, 0.99)
@@ -116,7 +117,7 @@ def rates(before: Mapping[str, Any] | None, after: Mapping[str, Any], seconds: f
 
 def _instance_point(each: Mapping[str, Any], did: Rates, at: float) -> InstancePoint:
     load = each["load"]
-    counts = load["queued"], load["waiting"], load["running"], load["free_blocks"]
+    counts = load["queued"], load["waiting"], load["running"], free_blocks(load)
     return InstancePoint(at, each["role"], each["state"], *counts, load["busy"], did.fill, did.batch)
 
 

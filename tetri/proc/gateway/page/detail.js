@@ -104,9 +104,9 @@ function waterfall(spans, until) {
 }
 
 function factsOf(it) {
-  const tpot = it.reason && it.outputs > 1 && it.ttft_s != null ? (it.jct_s - it.ttft_s) / (it.outputs - 1) : null, got = it.receipt;
+  const got = it.receipt;
   return factList([
-    ["ended", it.reason ?? `open: ${it.stage}`], ["TTFT", seconds(it.ttft_s)], ["TPOT", seconds(tpot)], ["JCT", seconds(it.jct_s)],
+    ["ended", it.reason ?? `open: ${it.stage}`], ["TTFT", seconds(it.ttft_s)], ["TPOT", seconds(it.tpot_s)], ["JCT", seconds(it.jct_s)],
     ["tokens in", count(it.prompt_tokens)], ["out", count(it.outputs)], ["attempts", count(it.attempts)],
     ["KV moved", got && got.kv_bytes != null ? `${bytes(got.kv_bytes)} over ${got.transport}` : null],
     ["adopted", got && count(got.adopted)], ["recomputed", got && count(got.recomputed)], ["preempted", got?.preempted ? count(got.preempted) : null],
@@ -128,16 +128,10 @@ function showTimeline(it, view) {
   refill(factsOf(it), make("p.views", ...buttons), waterfall(spans, until), ...left, tableOf("As a table", ["at", "took", "where", "what", "more"], rows));
 }
 
-async function timeline(id) { // the id of a further choice ends with its number
-  const path = (rid, choice) => `live/requests/${encodeURIComponent(rid)}?choice=${choice}`;
-  const [, rid, choice] = /^(.+)\.(\d+)$/.exec(id) ?? [];
-  return (rid && await ask(path(rid, choice))) ?? ask(path(id, 0));
-}
-
 export function explain(id) {
   const view = {};
   return present(`Request ${id}`, async (current) => {
-    const it = await timeline(id);
+    const it = await ask(`live/requests/${encodeURIComponent(id)}`);
     if (!current()) return false;
     if (it === null) body.replaceChildren(make("p", "No such request is known: it never was, or it ended too long ago."));
     else showTimeline(it, view);
