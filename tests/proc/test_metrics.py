@@ -178,6 +178,27 @@ def test_what_is_not_known_has_no_sample():
     )
 
 
+def test_the_loads_of_a_lost_instance_are_left_out_and_it_counts_as_no_reader():
+    seen = observation()
+    unread, lost = {"unread_by": {"d0": "why"}}, {"state": "lost"}
+    instances = [instance("p0", "prefill") | unread, instance("d0", "decode"), instance("d1", "decode") | lost]
+    seen["status"]["instances"] = instances
+    found = exposed(seen)
+    of_lost = {name for name, labels in found if ("iid", "d1") in labels}
+    assert {"tetri_instance_up", "tetri_steps_total", "tetri_kv_blocks"} <= of_lost
+    loads = {"tetri_kv_free_blocks", "tetri_queued_seconds", "tetri_busy_share", "tetri_decode_requests"}
+    assert not loads & of_lost and loads <= {name for name, _ in found}
+    assert found["tetri_breaker_open", (("iid", "p0"), ("peer", "any"))] == 1
+
+
+def test_a_stage_without_a_choice_has_zero():
+    seen = observation()
+    seen["status"]["requests"] = {"decode": 2}
+    found = exposed(seen)
+    assert [found["tetri_requests_open", (("stage", stage),)] for stage in ("queued", "decode")] == [0, 2]
+    assert ("tetri_requests_open", (("stage", "done"),)) not in found
+
+
 def test_openmetrics_reads_them_too():
     text = exposition.generate_latest(DeploymentCollector(lambda: Found(observation(), 16))).decode()
     assert {family.name for family in parser.text_string_to_metric_families(text)} >= {
