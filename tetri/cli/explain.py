@@ -26,6 +26,7 @@ from tetri.cli.options import (
     timeout_option,
 )
 from tetri.cli.units import NOTHING, ago, count, seconds
+from tetri.core.broker.history import ENDS
 from tetri.paths import OUT_FILE
 from tetri.wire.observation import Ended, Timeline
 
@@ -50,7 +51,7 @@ _EXAMPLES = examples(
 @click.option("--choice", type=click.IntRange(0), help="The choice of a request with several (default: 0).")
 @click.option("--slowest", is_flag=True, help="Without RID: list those with the longest JCT, the longest last.")
 @click.option("--failed", is_flag=True, help="Without RID: list those that ended by an error or their deadline.")
-@click.option("--last", type=COUNT, default=LAST, show_default=True, help="Without RID: list so many.")
+@click.option("--last", type=COUNT, default=LAST, show_default=True, help=f"Without RID: so many, of the last {ENDS}.")
 @click.option("--perfetto", type=OUT_FILE, help="Write a trace of what is shown, for ui.perfetto.dev.")
 @json_option
 @deployment_options
