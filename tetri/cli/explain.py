@@ -28,13 +28,13 @@ from tetri.cli.options import (
 from tetri.cli.units import NOTHING, ago, count, seconds
 from tetri.core.broker.history import ENDS
 from tetri.paths import OUT_FILE
+from tetri.request import rid_of
 from tetri.wire.observation import Ended, Timeline
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LAST = 20  # requests that are listed
-_ANSWER = re.compile(r"^(?:chat)?cmpl-")  # begins the id of an HTTP answer, which goes on with that of its request
 _CHOICE = re.compile(r"(.+)\.(\d{1,4})", re.ASCII)  # see tetri.request.choice_id
 _FAILED = ("error", "deadline")
 _TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "attempts", "prompt", "output", "on")
@@ -79,7 +79,7 @@ def command(
 
 def _named(rid: str, choice: int | None = None) -> tuple[str, int]:
     """The request and the choice that an id means; `choice`: another one of the same request."""
-    rid = _ANSWER.sub("", rid, count=1)
+    rid = rid_of(rid)
     found = _CHOICE.fullmatch(rid)
     request, index = (found[1], int(found[2])) if found else (rid, 0)
     return request, index if choice is None else choice
