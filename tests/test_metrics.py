@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from observations import histogram
 
-from tetri.metrics import Summary, percentile, summarise
+from tetri.metrics import Summary, added, percentile, summarise
 
 numbers = st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=50)
 
@@ -31,3 +32,24 @@ def test_what_cannot_be_summarised(values, says):
 def test_shares_are_from_0_to_1(share):
     with pytest.raises(ValueError, match="from 0 to 1"):
         percentile([1.0], share)
+
+
+@pytest.mark.parametrize(
+    ("counts", "half", "most"),
+    [
+        ((4, 0, 0, 0), 0.5, 0.99),
+        ((0, 0, 4, 0), 3.0, 3.98),
+        ((50, 0, 50, 0), 1.0, 3.96),
+        ((0, 0, 0, 3), 4.0, 4.0),
+        ((98, 0, 0, 2), 50 / 98, 4.0),
+    ],
+)
+def test_percentiles_lie_within_their_buckets(counts, half, most):
+    assert added(None, histogram(*counts)).percentiles() == pytest.approx((half, most))
+
+
+def test_nothing_is_added_to_a_histogram_that_is_not_there_or_has_not_changed():
+    full = histogram(1, 0, 0, 0, total=0.5)
+    assert added(None, None) is None and added(full, full) is None
+    new = added(full, histogram(2, 1, 0, 0, total=2.5))
+    assert (new.count, new.mean()) == (2, 1.0)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+SHARES = (0.5, 0.99)  # p50 and p99: what the page and top show
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,52 @@ def summarise(values: Iterable[float]) -> Summary:
     middle, high, tail = (_at(ordered, share) for share in (0.5, 0.9, 0.99))
     mean = math.fsum(ordered) / len(ordered)
     return Summary(len(ordered), mean, ordered[0], middle, high, tail, ordered[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class Bucketed:
+    """Values of which only the buckets are known, as in the Histogram of wire/observation.py. There is at least one."""
+
+    bounds: Sequence[float]
+    counts: Sequence[int]
+    total: float
+
+    @property
+    def count(self) -> int:
+        """The number of values."""
+        return sum(self.counts)
+
+    def mean(self) -> float:
+        """The exact mean."""
+        return self.total / self.count
+
+    def percentiles(self) -> tuple[float, float]:
+        """p50 and p99, as exact as the buckets are; that of a single value is exact."""
+        if self.count == 1:
+            return self.total, self.total
+        half, most = (self._percentile(share) for share in SHARES)
+        return half, most
+
+    def _percentile(self, share: float) -> float:
+        """Values are taken as spread evenly over their bucket; those above all bounds as equal to the last bound."""
+        rank, below = share * self.count, 0
+        for index, (count, high) in enumerate(zip(self.counts, self.bounds, strict=False)):
+            if count and below + count >= rank:
+                low = self.bounds[index - 1] if index else 0.0
+                return low + (high - low) * (rank - below) / count
+            below += count
+        return self.bounds[-1]
+
+
+def added(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Bucketed | None:
+    """The values that came to a histogram; None if there are none."""
+    if after is None:
+        return None
+    old, total = (before["counts"], before["total"]) if before else ([0] * len(after["counts"]), 0.0)
+    counts = [new - was for new, was in zip(after["counts"], old, strict=True)]
+    if sum(counts) <= 0:
+        return None
+    return Bucketed(after["bounds"], counts, after["total"] - total)
 
 
 def _ordered(values: Iterable[float]) -> list[float]:

@@ -7,6 +7,7 @@ QUEUED -> PREFILL -> MOVING -> WAITING -> DECODE -> DONE | FAILED | CANCELLED.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any, Self
@@ -14,6 +15,7 @@ from typing import Annotated, Any, Self
 from msgspec import Meta, Struct
 from msgspec.structs import asdict, replace
 
+_ANSWER = re.compile("^(?:chat)?cmpl-")  # begins the id of an answer over HTTP
 Positive = Annotated[int, Meta(ge=1)]
 Name = Annotated[str, Meta(max_length=128)]  # a request id, an instance id or a client's key
 Address = Annotated[str, Meta(max_length=256)]
@@ -89,6 +91,11 @@ def token_ids(tokens: Iterable[Token]) -> list[int]:
 def choice_id(rid: str, index: int) -> str:
     """The id by which workers know a choice of request `rid`: for the first one, that of the request."""
     return f"{rid}.{index}" if index else rid
+
+
+def rid_of(name: str) -> str:
+    """The id of a request, from that or from the id of its answer over HTTP: cmpl-RID or chatcmpl-RID."""
+    return _ANSWER.sub("", name, count=1)
 
 
 class AskedSampling(Record, frozen=True):

@@ -52,6 +52,17 @@ def test_rows_have_default_range_and_text():
     assert all(row.count("|") - row.count("\\|") == 5 for row in rows if row.startswith("|"))
 
 
+def test_a_check_writes_nothing(tmp_path, monkeypatch):
+    page = tmp_path / "page.md"
+    page.write_text(f"by hand\n{MARKER}{reference(inspect.getsource(tables))}")
+    page.chmod(0o400)
+    monkeypatch.setattr(configuration_page, "PAGE", page)
+    before = page.stat()
+    with pytest.raises(SystemExit) as ended:
+        configuration_page.main(["--check"], prog_name="make_configuration_page")
+    assert not ended.value.code and page.stat().st_ino == before.st_ino
+
+
 def test_an_old_page_is_told_and_renewed(tmp_path, monkeypatch, capsys):
     page = tmp_path / "page.md"
     page.write_text(f"by hand\n{MARKER}old")

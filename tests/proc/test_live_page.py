@@ -97,10 +97,12 @@ def test_the_metrics_agree_with_the_answers_of_the_same_requests(cluster):
 
 
 def test_an_answer_leads_to_its_timeline(cluster):
-    answer = complete(cluster, prompt="Hello", max_tokens=3)
+    answer = complete(cluster, prompt="Hello", max_tokens=3, n=2)
     timeline = json.loads(get(f"{cluster.url}/live/requests/{answer['id']}"))
     assert f"cmpl-{timeline['rid']}" == answer["id"] and timeline["outputs"] == 3
     assert timeline["jct_s"] == pytest.approx(answer["tetri"]["choices"][0]["jct_s"])
+    second = [json.loads(get(f"{cluster.url}/live/requests/{answer['id']}{way}")) for way in (".1", "?choice=1")]
+    assert [each["choice"] for each in second] == [1, 1]
 
 
 def test_the_stream_shows_what_happens_soon(cluster):

@@ -186,10 +186,25 @@ def test_an_instance_that_needs_more_memory_than_it_has_has_none_free():
     assert shown["vllm:kv_cache_usage_perc", (("model_name", "m"),)] == 1
 
 
-def test_a_stage_without_requests_has_0():
-    stages = ("queued", "prefill", "moving", "waiting", "decode")
-    shown = exposed(observation())
-    assert [shown["tetri_requests_open", (("stage", stage),)] for stage in stages] == [0] * 5
+def test_the_loads_of_a_lost_instance_are_left_out_and_it_counts_as_no_reader():
+    seen = observation()
+    unread, lost = {"unread_by": {"d0": "why"}}, {"state": "lost"}
+    instances = [instance("p0", "prefill") | unread, instance("d0", "decode"), instance("d1", "decode") | lost]
+    seen["status"]["instances"] = instances
+    found = exposed(seen)
+    of_lost = {name for name, labels in found if ("iid", "d1") in labels}
+    assert {"tetri_instance_up", "tetri_steps_total", "tetri_kv_blocks"} <= of_lost
+    loads = {"tetri_kv_free_blocks", "tetri_queued_seconds", "tetri_busy_share", "tetri_decode_requests"}
+    assert not loads & of_lost and loads <= {name for name, _ in found}
+    assert found["tetri_breaker_open", (("iid", "p0"), ("peer", "any"))] == 1
+
+
+def test_a_stage_without_a_choice_has_zero():
+    seen = observation()
+    seen["status"]["requests"] = {"decode": 2}
+    found = exposed(seen)
+    assert [found["tetri_requests_open", (("stage", stage),)] for stage in ("queued", "decode")] == [0, 2]
+    assert ("tetri_requests_open", (("stage", "done"),)) not in found
 
 
 def test_openmetrics_reads_them_too():

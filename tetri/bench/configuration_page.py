@@ -41,9 +41,10 @@ def main(check: bool) -> None:
     """Write the tables of docs/configuration.md from tetri/config/tables.py."""
     before = PAGE.read_text(encoding="utf-8")
     after = before.partition(MARKER)[0] + MARKER + reference(inspect.getsource(tables))
-    if check and after != before:
-        terminal.tell("make_configuration_page: docs/configuration.md differs: run tools/make_configuration_page")
-        sys.exit(1)
+    if check:
+        if after != before:
+            terminal.tell("make_configuration_page: docs/configuration.md differs: run tools/make_configuration_page")
+        sys.exit(after != before)
     with atomic.file(PAGE) as part:
         part.write_text(after, encoding="utf-8")
 

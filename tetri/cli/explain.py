@@ -26,14 +26,15 @@ from tetri.cli.options import (
     timeout_option,
 )
 from tetri.cli.units import NOTHING, ago, count, seconds
+from tetri.core.broker.history import ENDS
 from tetri.paths import OUT_FILE
+from tetri.request import rid_of
 from tetri.wire.observation import Ended, Timeline
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 LAST = 20  # requests that are listed
-_ANSWER = re.compile(r"^(?:chat)?cmpl-")  # begins the id of an HTTP answer, which goes on with that of its request
 _CHOICE = re.compile(r"(.+)\.(\d{1,4})", re.ASCII)  # see tetri.request.choice_id
 _FAILED = ("error", "deadline")
 _TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "attempts", "prompt", "output", "on")
@@ -50,7 +51,7 @@ _EXAMPLES = examples(
 @click.option("--choice", type=click.IntRange(0), help="The choice of a request with several (default: 0).")
 @click.option("--slowest", is_flag=True, help="Without RID: list those with the longest JCT, the longest last.")
 @click.option("--failed", is_flag=True, help="Without RID: list those that ended by an error or their deadline.")
-@click.option("--last", type=COUNT, default=LAST, show_default=True, help="Without RID: list so many.")
+@click.option("--last", type=COUNT, default=LAST, show_default=True, help=f"Without RID: so many, of the last {ENDS}.")
 @click.option("--perfetto", type=OUT_FILE, help="Write a trace of what is shown, for ui.perfetto.dev.")
 @json_option
 @deployment_options
@@ -78,7 +79,7 @@ def command(
 
 def _named(rid: str, choice: int | None = None) -> tuple[str, int]:
     """The request and the choice that an id means; `choice`: another one of the same request."""
-    rid = _ANSWER.sub("", rid, count=1)
+    rid = rid_of(rid)
     found = _CHOICE.fullmatch(rid)
     request, index = (found[1], int(found[2])) if found else (rid, 0)
     return request, index if choice is None else choice

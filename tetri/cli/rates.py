@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from msgspec import to_builtins
 
+from tetri.metrics import added
 from tetri.wire.clients import Observation
 from tetri.wire.observation import Activity
 
@@ -46,8 +47,6 @@ class Window:
 
 def since(before: Observation | None, after: Observation, seconds: float | None) -> Span:
     """What has happened from one Observation to a later one, which is `seconds` younger."""
-    from tetri.proc.gateway.history import added
-
     old, new = ({} if each is None else to_builtins(each.measures.histograms) for each in (before, after))
     ttft, tpot, predicted, queued = (
         added(old.get(name), new.get(name)) for name in ("ttft", "tpot", "queue_predicted", "stage_queued")

@@ -133,7 +133,7 @@ class RoleQuestion(RefusableQuestion):
         self.doubt = f"is it up, and is {iid} not stuck?"
 
     def receive(self, reply: BrokerReply, now: float) -> bool:
-        taken = super().receive(reply, now)
+        received = super().receive(reply, now)
         if self.answer is not None:
             self.answer.pop("key", None)
-        return taken
+        return received

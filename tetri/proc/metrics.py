@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -16,7 +16,6 @@ from tetri.request import DECODE_ROLES, Stage
 
 Samples = Iterable[tuple[tuple[str, ...], Any]]  # values of labels, value
 ANY = "any"  # every decode instance
-OPEN_STAGES = [stage.value for stage in Stage if not stage.ended]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,17 +34,21 @@ class Found:
         status: Mapping[str, Any] = self.observation["status"]
         return status
 
+    @property
+    def instances(self) -> list[Mapping[str, Any]]:
+        """The instances that are not lost. Of a lost one the loads are old."""
+        return [each for each in self.status["instances"] if each["state"] == "ready"]
+
     def count(self, name: str) -> Mapping[str, int]:
         """What the broker has counted under a name, by label."""
         assert self.observation is not None
         return self.observation["measures"]["counts"].get(name, {})  # type: ignore[no-any-return]
 
-    def histograms(self, prefix: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """The histograms whose names begin so, by the rest of the name."""
+    @property
+    def histograms(self) -> Mapping[str, Mapping[str, Any]]:
+        """What the broker has measured, by name."""
         assert self.observation is not None
-        for name, histogram in self.observation["measures"]["histograms"].items():
-            if name.startswith(prefix):
-                yield name.removeprefix(prefix), histogram
+        return self.observation["measures"]["histograms"]  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,19 @@ def _role_changes(found: Found) -> Samples:
 
 
 def _histogram(name: str) -> Callable[[Found], Samples]:
-    return lambda found: (((), histogram) for rest, histogram in found.histograms(name) if not rest)
+    return lambda found: [((), found.histograms[name])] if name in found.histograms else []
+
+
+def _stages(found: Found) -> Samples:
+    for name, histogram in found.histograms.items():
+        prefix, _, stage = name.partition("_")
+        if prefix == "stage":
+            yield (stage,), histogram
+
+
+def _open_by_stage(found: Found) -> Samples:
+    """Also the stages without a choice: a series that comes and goes has gaps."""
+    return (((stage,), found.status["requests"].get(stage, 0)) for stage in Stage if not stage.ended)
 
 
 def _each(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Found], Samples]:
@@ -125,7 +140,11 @@ def _activity(name: str) -> Callable[[Found], Samples]:
 
 
 def _load(name: str) -> Callable[[Found], Samples]:
-    return _each(lambda instance: instance["load"][name])
+    return _of_load(lambda load: load[name])
+
+
+def _of_load(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Found], Samples]:
+    return lambda found: (((each["iid"],), read(each["load"])) for each in found.instances)
 
 
 def _received(name: str) -> Callable[[Found], Samples]:
@@ -148,24 +167,25 @@ def _up(found: Found) -> Samples:
 
 
 def _decodes(found: Found) -> Samples:
-    for each in found.status["instances"]:
+    for each in found.instances:
         for state in ("waiting", "running"):
             yield (each["iid"], state), each["load"][state]
 
 
 def _step_ratios(found: Found) -> Samples:
-    for each in found.status["instances"]:
+    for each in found.instances:
         for phase, ratio in each["step_ratio"].items():
             if ratio is not None:
                 yield (each["iid"], phase), ratio
 
 
 def _breakers(found: Found) -> Samples:
-    for each in found.status["instances"]:
+    decodes = {each["iid"] for each in found.instances if each["role"] in DECODE_ROLES}
+    for each in found.instances:
         for peer in each["unread_by"]:
             yield (each["iid"], peer), 1
-        decodes = {other["iid"] for other in found.status["instances"] if other["role"] in DECODE_ROLES} - {each["iid"]}
-        if decodes and decodes <= {*each["unread_by"]}:
+        others = decodes - {each["iid"]}
+        if others and others <= {*each["unread_by"]}:
             yield (each["iid"], ANY), 1
 
 
@@ -181,11 +201,7 @@ def _open(*stages: str) -> Callable[[Found], Samples]:
 
 def _decode_blocks(found: Found) -> tuple[int, int]:
     """KV blocks of the decode instances, and how many of them are free."""
-    loads = [
-        (each["blocks"], free_blocks(each["load"]))
-        for each in found.status["instances"]
-        if each["role"] in DECODE_ROLES and each["state"] == "ready"
-    ]
+    loads = [(each["blocks"], free_blocks(each["load"])) for each in found.instances if each["role"] in DECODE_ROLES]
     return sum(blocks for blocks, _ in loads), sum(free for _, free in loads)
 
 
@@ -226,10 +242,7 @@ BROKER_UP = Metric(
 REQUESTS = _metrics(
     ("tetri_requests_ended_total", "counter", "reason", _ENDED, _counted("requests_ended")),
     ("tetri_requests_refused_total", "counter", "reason", _REFUSED, _counted("requests_refused")),
-    (
-        *("tetri_requests_open", "gauge", "stage", "open choices in each stage"),
-        lambda found: [((stage,), found.status["requests"].get(stage, 0)) for stage in OPEN_STAGES],
-    ),
+    ("tetri_requests_open", "gauge", "stage", "open choices in each stage", _open_by_stage),
     ("tetri_retries_total", "counter", "reason", _RETRIED, _counted("retries")),
     ("tetri_role_changes_total", "counter", "was role", "changes of role that were carried out", _role_changes),
     (
@@ -249,10 +262,7 @@ REQUESTS = _metrics(
         _histogram("tpot"),
     ),
     ("tetri_jct_seconds", "histogram", "", "from arrival to the end", _histogram("jct")),
-    (
-        *("tetri_stage_seconds", "histogram", "stage", "of an ended choice, its time in each stage"),
-        lambda found: (((stage,), histogram) for stage, histogram in found.histograms("stage_")),
-    ),
+    ("tetri_stage_seconds", "histogram", "stage", "of an ended choice, its time in each stage", _stages),
     (
         *("tetri_queue_predicted_seconds", "histogram", ""),
         "predicted when a request is assigned: prefill work before it",
@@ -284,7 +294,7 @@ INSTANCES = _metrics(
     ),
     ("tetri_preemptions_total", "counter", "iid", "preemptions of decode requests", _activity("preempted")),
     ("tetri_kv_blocks", "gauge", "iid", "KV blocks", _each(lambda instance: instance["blocks"])),
-    ("tetri_kv_free_blocks", "gauge", "iid", "free KV blocks", _each(lambda instance: free_blocks(instance["load"]))),
+    ("tetri_kv_free_blocks", "gauge", "iid", "free KV blocks", _of_load(free_blocks)),
     ("tetri_queued_prompts", "gauge", "iid", "prompts in the prefill queue", _load("queued")),
     ("tetri_queued_seconds", "gauge", "iid", "predicted seconds of prefill work in the queue", _load("queued_s")),
     ("tetri_decode_requests", "gauge", "iid state", "waiting, running", _decodes),

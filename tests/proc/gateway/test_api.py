@@ -153,6 +153,8 @@ def test_web_pages_may_ask_only_from_configured_origins():
     settings = {"origins": "https://a.example, https://b.example", "keys": [hashed(b"k")]}
     allowed = ask(app(**settings), "/v1/completions", method="OPTIONS", headers=asks)
     assert allowed.status == 200 and allowed.headers["access-control-allow-origin"] == "https://a.example"
+    answered = ask(app(**settings), "/v1/models", method="GET", headers=asks)
+    assert answered.headers["access-control-expose-headers"] == "x-request-id, x-tetri-rid"
     other = ask(app(**settings), "/v1/models", method="GET", headers={**asks, "origin": "https://evil.example"})
     assert other.status == 401 and "access-control-allow-origin" not in other.headers
 

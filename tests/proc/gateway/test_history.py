@@ -3,7 +3,7 @@
 import pytest
 from observations import histogram, observation, worker
 
-from tetri.proc.gateway.history import IDLE, KEPT, History, InstancePoint, Point, Rates, added
+from tetri.proc.gateway.history import IDLE, KEPT, History, InstancePoint, Point, Rates
 
 
 def after(*observations, seconds=1.0):
@@ -47,27 +47,6 @@ def test_percentiles_are_exact_where_all_values_are_known(known, tpot):
 def test_what_did_not_happen_is_none():
     (point,) = after(observation(), observation()).points
     assert point == Point(5001.0, None, None, 0.0, 0.0, None)
-
-
-@pytest.mark.parametrize(
-    ("counts", "half", "most"),
-    [
-        ((4, 0, 0, 0), 0.5, 0.99),
-        ((0, 0, 4, 0), 3.0, 3.98),
-        ((50, 0, 50, 0), 1.0, 3.96),
-        ((0, 0, 0, 3), 4.0, 4.0),
-        ((98, 0, 0, 2), 50 / 98, 4.0),
-    ],
-)
-def test_percentiles_lie_within_their_buckets(counts, half, most):
-    assert added(None, histogram(*counts)).percentiles() == pytest.approx((half, most))
-
-
-def test_nothing_is_added_to_a_histogram_that_is_not_there_or_has_not_changed():
-    full = histogram(1, 0, 0, 0, total=0.5)
-    assert added(None, None) is None and added(full, full) is None
-    new = added(full, histogram(2, 1, 0, 0, total=2.5))
-    assert (new.count, new.mean()) == (2, 1.0)
 
 
 def test_rates_of_an_instance():

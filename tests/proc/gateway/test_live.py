@@ -57,6 +57,7 @@ def get(app, path, query="", **headers):
         ("r1", "choice=1", 200, {"rid": "r1", "choice": 1}),
         ("r1.1", "", 200, {"rid": "r1.1", "choice": 0}),
         ("cmpl-r1", "", 200, {"rid": "r1", "choice": 0}),
+        ("my-cmpl-r1", "", 404, "nothing is known here of my-cmpl-r1"),
         ("chatcmpl-r1", "", 200, {"rid": "r1", "choice": 0}),
         ("other", "", 404, "nothing is known here of other"),
         ("x" * 500, "", 404, "nothing is known here of x"),

@@ -130,6 +130,21 @@ def test_a_broker_that_does_not_answer_is_said_and_the_stream_goes_on():
     run(talk)
 
 
+def test_an_unexpected_error_leaves_no_old_observation():
+    async def talk():
+        broker = Broker()
+        found = Observatory(broker)
+        task = asyncio.ensure_future(found.run())
+        await found.later(0)
+        assert found.observation is not None
+        broker.error = ValueError("a field is missing")
+        with pytest.raises(ValueError, match="a field is missing"):
+            await asyncio.wait_for(task, 20)
+        assert found.observation is None
+
+    asyncio.run(talk())
+
+
 def test_only_so_many_may_watch():
     async def talk(broker, found):
         watching = [found.watching() for _ in range(MOST_WATCHERS)]

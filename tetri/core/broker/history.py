@@ -7,8 +7,8 @@ from typing import Generic, NamedTuple, TypeVar
 
 from tetri.request import Stage
 from tetri.wire.clients import Done
-from tetri.wire.kept import Moved
 from tetri.wire.observation import ClusterEvent, Ended, Move
+from tetri.wire.packed_timelines import Moved
 
 MOVES, ENDS, EVENTS = 512, 256, 256  # kept, and so in one Observation
 

@@ -11,9 +11,9 @@ from tetri.core.broker.membership import Member
 from tetri.core.broker.requests import MOST_STEPS, Choice, Request
 from tetri.core.broker.timelines import Timelines
 from tetri.wire.clients import Done, Observation, Status
-from tetri.wire.kept import pack_step
 from tetri.wire.messages import Heartbeat, Tokens
 from tetri.wire.observation import EngineStep, StepSpan
+from tetri.wire.packed_timelines import pack_step
 
 
 class Observer:

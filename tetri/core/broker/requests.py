@@ -13,8 +13,8 @@ from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
 from tetri.request import AskedSampling, Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
-from tetri.wire.kept import Moved, ReportedEvent, Steps
 from tetri.wire.messages import End
+from tetri.wire.packed_timelines import Moved, ReportedEvent, Steps
 
 ON_DECODER = (Stage.WAITING, Stage.DECODE)
 BEFORE_TOKENS = (Stage.QUEUED, Stage.PREFILL)

@@ -14,8 +14,8 @@ from tetri.core.broker.requests import (
     Choice,
     Trace,
 )
-from tetri.wire.kept import Facts, Packed, ReportedEvent, pack, timeline, unpacked
 from tetri.wire.observation import Timeline, TraceEvent
+from tetri.wire.packed_timelines import Facts, Packed, ReportedEvent, pack, timeline, unpacked
 
 MOST_KEPT = 10_000
 KEPT_BYTES = 400  # of a timeline that is kept, besides what it is encoded into

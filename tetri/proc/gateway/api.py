@@ -19,7 +19,7 @@ import tetri
 from tetri.client import AsyncClient, TetriError
 from tetri.config import GatewayConfig
 from tetri.proc.gateway import page_files
-from tetri.proc.gateway.answers import Completions, Model, failure, uncollected
+from tetri.proc.gateway.answers import RID, Completions, Model, failure, uncollected
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, Guard, error_response
 from tetri.proc.gateway.keys import Keys
@@ -127,7 +127,8 @@ def _cross_origin(settings: GatewayConfig) -> list[Middleware]:
     origins = listed(settings.origins)
     if not origins:
         return []
-    ways: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": [REQUEST_ID]}
+    exposed = [REQUEST_ID, RID.decode()]
+    ways: dict[str, Any] = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": exposed}
     return [Middleware(CORSMiddleware, allow_origins=origins, **ways)]
 
 

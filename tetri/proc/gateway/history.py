@@ -8,11 +8,10 @@ from typing import Any
 
 from msgspec import Struct
 
-from tetri.metrics import percentile
+from tetri.metrics import SHARES, Bucketed, added, percentile
 from tetri.proc.metrics import free_blocks
 
 KEPT = 600  # points: one a second
-SHARES = (0.5, 0.99)
 
 
 class Point(Struct, frozen=True, gc=False):
@@ -129,10 +128,10 @@ def _point(
     seconds: float,
     at: float,
 ) -> Point:
-    def new(name: str) -> Histogram | None:
+    def new(name: str) -> Bucketed | None:
         return added(before["histograms"].get(name), after["histograms"].get(name))
 
-    def tpots(found: Histogram | None) -> tuple[float, float] | None:
+    def tpots(found: Bucketed | None) -> tuple[float, float] | None:
         values = [each["tpot_s"] for each in ended if each["tpot_s"] is not None]
         if found is not None and found.count == len(values):  # all are known, so that no bucket blurs them
             half, most = (percentile(values, share) for share in SHARES)
@@ -150,48 +149,3 @@ def _point(
         requests_s=(counts[1] - counts[0]) / seconds,
         queue=(predicted.mean(), queued.mean()) if predicted and queued else None,
     )
-
-
-class Histogram(Struct, frozen=True):
-    """Values by bucket, as in wire/observation.py. Not empty."""
-
-    bounds: Sequence[float]
-    counts: Sequence[int]
-    total: float
-
-    @property
-    def count(self) -> int:
-        """The number of values."""
-        return sum(self.counts)
-
-    def mean(self) -> float:
-        """The mean."""
-        return self.total / self.count
-
-    def percentiles(self) -> tuple[float, float]:
-        """p50 and p99, as exact as the buckets are; that of a single value is exact."""
-        if self.count == 1:
-            return self.total, self.total
-        half, most = (self._percentile(share) for share in SHARES)
-        return half, most
-
-    def _percentile(self, share: float) -> float:
-        """Values are taken as spread evenly over their bucket; those above all bounds as equal to the last bound."""
-        rank, below = share * self.count, 0
-        for index, (count, high) in enumerate(zip(self.counts, self.bounds, strict=False)):
-            if count and below + count >= rank:
-                low = self.bounds[index - 1] if index else 0.0
-                return low + (high - low) * (rank - below) / count
-            below += count
-        return self.bounds[-1]
-
-
-def added(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Histogram | None:
-    """The values that came to a histogram; None if there are none."""
-    if after is None:
-        return None
-    old, total = (before["counts"], before["total"]) if before else ([0] * len(after["counts"]), 0.0)
-    counts = [new - was for new, was in zip(after["counts"], old, strict=True)]
-    if sum(counts) <= 0:
-        return None
-    return Histogram(after["bounds"], counts, after["total"] - total)

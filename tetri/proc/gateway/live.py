@@ -20,10 +20,10 @@ from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON
 from tetri.proc.gateway.observatory import Observatory
 from tetri.proc.metrics import DeploymentCollector, Found
+from tetri.request import rid_of
 from tetri.wire.openai import ApiError
 
 MOST_RID = 123  # characters: with the number of a choice, names in messages have 128 at most
-_ANSWER = re.compile(r"^(?:chat)?cmpl-")  # begins the id of an answer, which goes on with that of its request
 
 
 class Live:
@@ -47,7 +47,7 @@ class Live:
         if not re.fullmatch(r"\d{1,4}", choice, re.ASCII):
             raise ApiError(400, f"choice must be a number from 0 on, got {choice[:40]!r}", param="choice")
         try:
-            timeline = await self._observatory.explain(_ANSWER.sub("", rid, 1)[:MOST_RID], int(choice))
+            timeline = await self._observatory.explain(rid_of(rid)[:MOST_RID], int(choice))
         except RequestRefused as error:
             raise ApiError(404, str(error)) from None
         return _json(timeline)

@@ -64,13 +64,16 @@ class Observatory:
 
     async def run(self) -> None:
         """Ask the broker again and again."""
-        while True:
-            self._wanted.clear()
-            began = time.monotonic()
-            await self._ask()
-            pause_s = (WATCHED_S if self._watchers else POINT_S) - (time.monotonic() - began)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._wanted.wait(), max(pause_s, 0.0))
+        try:
+            while True:
+                self._wanted.clear()
+                began = time.monotonic()
+                await self._ask()
+                pause_s = (WATCHED_S if self._watchers else POINT_S) - (time.monotonic() - began)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._wanted.wait(), max(pause_s, 0.0))
+        finally:
+            self.observation = None  # or after an error the metrics would be those of that moment for ever
 
     async def _ask(self) -> None:
         asked = asyncio.ensure_future(self._client.observe(**self._last))

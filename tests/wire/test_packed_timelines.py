@@ -4,8 +4,8 @@ import pytest
 
 from tetri.request import Receipt, Stage, Usage
 from tetri.wire.clients import Done
-from tetri.wire.kept import Facts, Moved, pack, pack_step, timeline, unpacked
 from tetri.wire.observation import StageSpan, StepSpan, TraceEvent
+from tetri.wire.packed_timelines import Facts, Moved, pack, pack_step, timeline, unpacked
 
 DONE = Done(
     rid="r1",

@@ -14,7 +14,7 @@ from tetri.wire.clients import Done
 from tetri.wire.observation import StageSpan, StepSpan, Timeline, TraceEvent
 
 Steps = list[bytes]  # each of `pack_step`: choices of one batch share the bytes of a step
-ReportedEvent = tuple[float, Name, TraceEvent]  # how far its clock is behind the keeper's, the instance, the event
+ReportedEvent = tuple[float, Name, TraceEvent]  # how far its clock is behind the broker's, the instance, the event
 ARRAY32 = b"\xdd"  # a MessagePack array whose length follows in four bytes
 
 
@@ -32,7 +32,7 @@ class Moved(Struct, frozen=True, array_like=True, gc=False):
 
 
 class Facts(Struct, frozen=True, array_like=True):
-    """What is known of a choice. Times are in seconds on the keeper's clock. `done`: None while it is open."""
+    """What is known of a choice. Times are in seconds on the broker's clock. `done`: None while it is open."""
 
     rid: Name
     choice: Count
@@ -69,7 +69,7 @@ _steps = msgspec.msgpack.Decoder(list[StepSpan])
 
 
 def pack_step(step: StepSpan) -> bytes:
-    """A step in bytes. `start_s` is on the keeper's clock."""
+    """A step in bytes. `start_s` is on the broker's clock."""
     return _encoder.encode(step)
 
 
