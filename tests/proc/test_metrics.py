@@ -186,6 +186,15 @@ def test_an_instance_that_needs_more_memory_than_it_has_has_none_free():
     assert shown["vllm:kv_cache_usage_perc", (("model_name", "m"),)] == 1
 
 
+def test_the_load_of_a_lost_instance_is_not_exposed():
+    loads = ("kv_free_blocks", "queued_prompts", "queued_seconds", "decode_requests", "heavy_decodes", "busy_share")
+    found = observation()
+    put(found, f"{D}/state", "lost")
+    shown = {(name, dict(labels).get("iid")) for name, labels in exposed(found)}
+    assert {("tetri_" + name, "p0") for name in loads} <= shown and ("tetri_steps_total", "d0") in shown
+    assert not {("tetri_" + name, "d0") for name in loads} & shown
+
+
 def test_a_stage_without_requests_has_0():
     stages = ("queued", "prefill", "moving", "waiting", "decode")
     shown = exposed(observation())

@@ -124,8 +124,17 @@ def _activity(name: str) -> Callable[[Found], Samples]:
     return _each(lambda instance: instance["activity"][name])
 
 
+def _ready(found: Found) -> list[Mapping[str, Any]]:
+    """The instances that are there. What a lost one did last is not what it does."""
+    return [each for each in found.status["instances"] if each["state"] == "ready"]
+
+
+def _of_load(read: Callable[[Mapping[str, Any]], Any]) -> Callable[[Found], Samples]:
+    return lambda found: (((each["iid"],), read(each["load"])) for each in _ready(found))
+
+
 def _load(name: str) -> Callable[[Found], Samples]:
-    return _each(lambda instance: instance["load"][name])
+    return _of_load(lambda load: load[name])
 
 
 def _received(name: str) -> Callable[[Found], Samples]:
@@ -148,7 +157,7 @@ def _up(found: Found) -> Samples:
 
 
 def _decodes(found: Found) -> Samples:
-    for each in found.status["instances"]:
+    for each in _ready(found):
         for state in ("waiting", "running"):
             yield (each["iid"], state), each["load"][state]
 
@@ -181,11 +190,7 @@ def _open(*stages: str) -> Callable[[Found], Samples]:
 
 def _decode_blocks(found: Found) -> tuple[int, int]:
     """KV blocks of the decode instances, and how many of them are free."""
-    loads = [
-        (each["blocks"], free_blocks(each["load"]))
-        for each in found.status["instances"]
-        if each["role"] in DECODE_ROLES and each["state"] == "ready"
-    ]
+    loads = [(each["blocks"], free_blocks(each["load"])) for each in _ready(found) if each["role"] in DECODE_ROLES]
     return sum(blocks for blocks, _ in loads), sum(free for _, free in loads)
 
 
@@ -284,7 +289,7 @@ INSTANCES = _metrics(
     ),
     ("tetri_preemptions_total", "counter", "iid", "preemptions of decode requests", _activity("preempted")),
     ("tetri_kv_blocks", "gauge", "iid", "KV blocks", _each(lambda instance: instance["blocks"])),
-    ("tetri_kv_free_blocks", "gauge", "iid", "free KV blocks", _each(lambda instance: free_blocks(instance["load"]))),
+    ("tetri_kv_free_blocks", "gauge", "iid", "free KV blocks", _of_load(free_blocks)),
     ("tetri_queued_prompts", "gauge", "iid", "prompts in the prefill queue", _load("queued")),
     ("tetri_queued_seconds", "gauge", "iid", "predicted seconds of prefill work in the queue", _load("queued_s")),
     ("tetri_decode_requests", "gauge", "iid state", "waiting, running", _decodes),
