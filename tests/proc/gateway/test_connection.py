@@ -1,15 +1,18 @@
 """What one connection may do: a server in this process, and clients that are slow or hostile."""
 
 import asyncio
+import sys
 import time
 from contextlib import asynccontextmanager, suppress
+from fcntl import ioctl
+from termios import TIOCOUTQ
 
 import pytest
 import uvicorn
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 
-from tetri.proc.gateway.connection import HEAD_BYTES, SPARE, Limits, protocol
+from tetri.proc.gateway.connection import HEAD_BYTES, SPARE, UNSENT_BYTES, Limits, protocol
 
 SOON = Limits(request_s=0.2, stall_s=0.2, connections=50)
 LATER = Limits(request_s=20, stall_s=20, connections=50)
@@ -193,6 +196,21 @@ def test_a_client_that_reads_again_has_all_its_time_again():
                 await reader.read(1 << 20)
 
     run(talk, limits=LATER)
+
+
+def test_little_queues_up_for_a_client_that_does_not_read():
+    async def talk(reader, writer, server):
+        writer.transport.pause_reading()
+        writer.write(b"GET /endless HTTP/1.1\r\n\r\n")
+        while not server.server_state.connections:
+            await asyncio.sleep(0.005)
+        (connection,) = server.server_state.connections
+        while connection._stalled is None:
+            await asyncio.sleep(0.005)
+        connected = connection.transport.get_extra_info("socket")
+        return int.from_bytes(ioctl(connected.fileno(), TIOCOUTQ, bytes(4)), sys.byteorder)
+
+    assert run(talk, limits=LATER) <= 4 * UNSENT_BYTES
 
 
 def test_there_are_only_so_many_connections():

@@ -7,6 +7,7 @@ off, so a client costs a gateway one descriptor and little memory, for a bounded
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from tetri.proc.gateway.guard import error_response
 from tetri.wire.openai import ApiError
 
 HEAD_BYTES = 64 << 10  # of the request line and all headers
+UNSENT_BYTES = 64 << 10  # that the kernel takes; else it takes MiB, and who reads slowly would get what is long past
 SPARE = 32  # connections above the limit, which get an error; further ones are closed at once
 FRAMING = (b"content-length", b"transfer-encoding")  # headers that say where a body ends
 NOT_HTTP = "this is no valid HTTP request"
@@ -48,6 +50,8 @@ class Connection(HttpToolsProtocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Give the first request its time to arrive."""
         super().connection_made(transport)
+        if (connected := transport.get_extra_info("socket")) is not None:
+            connected.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, UNSENT_BYTES)
         most = self._limits.connections
         if len(self.connections) > most + SPARE:
             transport.abort()
