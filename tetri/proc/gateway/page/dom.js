@@ -66,6 +66,6 @@ export function bytes(x) {
   return `${short(x / 1000 ** power)} ${["B", "kB", "MB", "GB", "TB"][power]}`;
 }
 
-export const ratio = (x) => (x == null ? none : `×${x.toFixed(2)}`);
+export const ratio = (x) => (x == null ? none : x.toFixed(2));
 
 export const ENDS = ["done", "failed", "cancelled"]; // stages
