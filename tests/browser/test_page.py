@@ -80,8 +80,8 @@ def test_what_a_card_says(show):
         instance = feed.world.instance
         feed.world.instance = lambda it, now: instance(it, now) | told
         text = page.locator("#card-p0")
-        facts = ("queue time 1.24 s", "fill 83%", "KV used 25%", "512 / 2,048 blocks", "busy 62%", "batch 6.50", "step ratio 1.02")
-        for fact in (*facts, "3 queued · 4 heavy · 5 light · 2 waiting"):
+        facts = "queue time 1.24 s", "fill 83%", "KV used 25%", "512 / 2,048 blocks", "busy 62%", "batch 6.50"
+        for fact in (*facts, "step ratio 1.02", "3 queued · 4 heavy · 5 light · 2 waiting"):
             text.filter(has_text=fact).wait_for(timeout=PATIENCE_MS)
 
 

@@ -36,7 +36,7 @@ LAST = 20  # requests that are listed
 _ANSWER = re.compile(r"^(?:chat)?cmpl-")  # begins the id of an HTTP answer, which goes on with that of its request
 _CHOICE = re.compile(r"(.+)\.(\d{1,4})", re.ASCII)  # see tetri.request.choice_id
 _FAILED = ("error", "deadline")
-_TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "attempts", "prompt", "output", "on")
+_TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "attempts", "prompt", "output", "instances")
 _EXAMPLES = examples(
     "tetri-cli explain   # lists the last requests",
     "tetri-cli explain 5f2c9a1e03b7d8460c1d2e3f4a5b6c7d",
