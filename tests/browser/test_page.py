@@ -10,7 +10,7 @@ pytestmark = pytest.mark.browser
 PATIENCE_MS = 20_000
 
 AT_REQUEST = "document.activeElement.classList.contains('rid')"
-# Of each card, caption and waterfall: texts that are cut off, and pairs of texts that overlap. (Notes may be: a dialog has them.)
+# Of each card, caption and waterfall: texts that are cut off, and pairs of texts that overlap. (Notes may be.)
 CLASHES = """() => [...document.querySelectorAll('.card, figcaption, .waterfall')].flatMap((card) => {
   const edge = card.getBoundingClientRect().right + (card.matches('.card') ? -1 : 1);
   const shown = [...card.querySelectorAll('b, span')].filter((it) => !it.children.length && it.textContent.trim()
@@ -280,6 +280,8 @@ def test_nothing_overlaps_or_is_cut_off_jumps_or_scrolls_sideways(show, number, 
             page.wait_for_timeout(300)
             assert page.evaluate(CLASHES) == []
             assert page.evaluate(PLACES) == places
+        foreign = "[data-role=decode] .queue-fact:visible, [data-role=prefill] .batch-fact:visible"
+        assert page.locator(foreign).count() == 0
         assert page.evaluate(SIDEWAYS) is False
 
 

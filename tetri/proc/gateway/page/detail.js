@@ -176,7 +176,7 @@ export function instance(iid, latest) { // latest(iid): what the stream says now
     const found = await ask(`live/instances/${encodeURIComponent(iid)}`), it = latest(iid);
     if (!current()) return false;
     if (found === null || !it) {
-      body.replaceChildren(make("p", "This instance is not part of the deployment any more."));
+      body.replaceChildren(make("p", "This instance is not in the deployment any more."));
       return false;
     }
     const points = found.points.map((p) => ({ ...p, used: it.blocks ? 1 - p.free / it.blocks : null }));

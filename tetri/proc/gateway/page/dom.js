@@ -1,4 +1,4 @@
-// Small helpers: elements, and numbers as text. Whatever comes from the server becomes text, never HTML.
+// Elements, and numbers as text. Whatever comes from the server becomes text, never HTML.
 
 export const find = (id) => document.getElementById(id);
 
