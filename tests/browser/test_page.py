@@ -133,13 +133,22 @@ def test_no_text_of_a_waterfall_overlaps_or_is_cut_off(show, busy, width):
         assert page.evaluate(CLASHES) == [] and page.evaluate(CUT) == []
 
 
-def test_on_a_narrow_screen_the_instances_come_first_and_a_lost_one_is_not_busy(show):
-    with serving(4) as feed:
+TOP = "(id) => document.getElementById(id).getBoundingClientRect().top"
+
+
+@pytest.mark.parametrize("number", [4, 64])
+def test_on_a_narrow_screen_few_instances_come_before_the_charts(show, number):
+    with serving(number) as feed:
         page = show(feed.url, 360)
+        shown(page, number)
+        assert (page.evaluate(TOP, "instances") < page.evaluate(TOP, "charts")) is (number == 4)
+        assert page.evaluate(TOP, "n-moving") == page.evaluate(TOP, "n-bytes")  # on one line
+
+
+def test_a_lost_instance_is_not_said_to_be_busy(show):
+    with serving(4) as feed:
+        page = show(feed.url)
         shown(page, 4)
-        top = "(id) => document.getElementById(id).getBoundingClientRect().top"
-        assert page.evaluate(top, "instances") < page.evaluate(top, "charts")
-        assert page.evaluate(top, "n-moving") == page.evaluate(top, "n-bytes")  # on one line
         told, instance = {"busy": 0.99, "state": "lost"}, feed.world.instance
         feed.world.instance = lambda it, now: instance(it, now) | told
         page.locator("#card-d0[data-state=lost]").filter(has_text="busy –").wait_for(timeout=PATIENCE_MS)
