@@ -10,8 +10,8 @@ pytestmark = pytest.mark.browser
 PATIENCE_MS = 20_000
 
 AT_REQUEST = "document.activeElement.classList.contains('rid')"
-# Of each card and caption: texts that are cut off, and pairs of texts that overlap. (Notes may be: a dialog has them.)
-CLASHES = """() => [...document.querySelectorAll('.card, figcaption')].flatMap((card) => {
+# Of each card, caption and waterfall: texts that are cut off, and pairs of texts that overlap. (Notes may be.)
+CLASHES = """() => [...document.querySelectorAll('.card, figcaption, .waterfall')].flatMap((card) => {
   const edge = card.getBoundingClientRect().right + (card.matches('.card') ? -1 : 1);
   const shown = [...card.querySelectorAll('b, span')].filter((it) => !it.children.length && it.textContent.trim()
     && getComputedStyle(it).clipPath === 'none' && it.checkVisibility() && it.dataset.noted !== 'true');
@@ -21,6 +21,8 @@ CLASHES = """() => [...document.querySelectorAll('.card, figcaption')].flatMap((
     .map((two) => [one[0], two[0]]));
   return [...boxes.filter(([, box]) => box.right > edge).map(([text]) => text), ...pairs];
 })"""
+CUT = """() => [...document.querySelectorAll('.bar')].filter((it) => it.scrollWidth > it.clientWidth + 1)
+  .map((it) => it.textContent)"""
 PLACES = """() => JSON.stringify([...document.querySelectorAll('.card, .panel, .bank, h3')].map((it) => {
   const { x, y, width, height } = it.getBoundingClientRect();
   return [x, y, width, height];
@@ -78,8 +80,8 @@ def test_what_a_card_says(show):
         instance = feed.world.instance
         feed.world.instance = lambda it, now: instance(it, now) | told
         text = page.locator("#card-p0")
-        facts = ("queue 1.24 s", "fill 83%", "KV 25%", "512 / 2,048 blocks", "busy 62%", "batch 6.50", "step ×1.02")
-        for fact in (*facts, "3 queued · 4 heavy · 5 light · 2 waiting"):
+        facts = "queue time 1.24 s", "fill 83%", "KV used 25%", "512 / 2,048 blocks", "busy 62%", "batch 6.50"
+        for fact in (*facts, "step ratio 1.02", "3 queued · 4 heavy · 5 light · 2 waiting"):
             text.filter(has_text=fact).wait_for(timeout=PATIENCE_MS)
 
 
@@ -122,6 +124,36 @@ def test_a_waterfall_opens_by_keyboard_alone(show, busy):
     assert page.evaluate(AT_REQUEST)
 
 
+@pytest.mark.parametrize("width", [360, 1440])
+def test_no_text_of_a_waterfall_overlaps_or_is_cut_off(show, busy, width):
+    page = show(busy.url, width)
+    page.locator("tr[data-stage=done] .rid").first.click(timeout=PATIENCE_MS)
+    for view in ("whole", "first"):
+        page.locator(f"#view-{view}").click(timeout=PATIENCE_MS)
+        assert page.evaluate(CLASHES) == [] and page.evaluate(CUT) == []
+
+
+TOP = "(id) => document.getElementById(id).getBoundingClientRect().top"
+
+
+@pytest.mark.parametrize("number", [4, 64])
+def test_on_a_narrow_screen_few_instances_come_before_the_charts(show, number):
+    with serving(number) as feed:
+        page = show(feed.url, 360)
+        shown(page, number)
+        assert (page.evaluate(TOP, "instances") < page.evaluate(TOP, "charts")) is (number == 4)
+        assert page.evaluate(TOP, "n-moving") == page.evaluate(TOP, "n-bytes")  # on one line
+
+
+def test_a_lost_instance_is_not_said_to_be_busy(show):
+    with serving(4) as feed:
+        page = show(feed.url)
+        shown(page, 4)
+        told, instance = {"busy": 0.99, "state": "lost"}, feed.world.instance
+        feed.world.instance = lambda it, now: instance(it, now) | told
+        page.locator("#card-d0[data-state=lost]").filter(has_text="busy –").wait_for(timeout=PATIENCE_MS)
+
+
 def test_a_request_is_found_by_its_identifier_and_a_retry_is_named(show):
     with serving(4, rate=4, seconds=20) as feed:
         with feed.lock:
@@ -157,7 +189,7 @@ def test_an_instance_shows_its_load_over_time(show, busy, width):
     page.locator("#detail figure").nth(3).wait_for(timeout=PATIENCE_MS)
     labels = [canvas.get_attribute("aria-label") for canvas in page.locator("#detail canvas").all()]
     assert [label.partition(":")[0].strip() for label in labels] == [
-        *("Requests", "KV memory in use", "Busy and chunk fill", "Batch"),
+        *("Requests", "KV used", "Busy and chunk fill", "Batch"),
     ]
     assert page.evaluate(CLASHES) == []
     page.locator("#detail summary").click()
@@ -257,6 +289,8 @@ def test_nothing_overlaps_or_is_cut_off_jumps_or_scrolls_sideways(show, number, 
             page.wait_for_timeout(300)
             assert page.evaluate(CLASHES) == []
             assert page.evaluate(PLACES) == places
+        foreign = "[data-role=decode] .queue-fact:visible, [data-role=prefill] .batch-fact:visible"
+        assert page.locator(foreign).count() == 0
         assert page.evaluate(SIDEWAYS) is False
 
 

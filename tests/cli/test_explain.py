@@ -72,7 +72,8 @@ def test_an_unknown_request_is_one_line_that_says_what_to_try(run, served):
 def test_without_an_id_it_lists_the_last_requests(run, broker):
     listing(broker)
     head, *rows = [line.split() for line in run("explain")[1].splitlines()]
-    assert head[0] == "request" and [row[0] for row in rows] == ["slow.1", "failed", "quick"]
+    assert head[0] == "request" and head[-3:] == ["prompt", "output", "instances"]
+    assert [row[0] for row in rows] == ["slow.1", "failed", "quick"]
     assert rows[1] == ["failed", "5", "s", "ago", "error", "-", "-", "1.00", "s", "1", "9", "1", "p0", ">", "-"]
     assert [each["rid"] for each in json.loads(run("explain", "--slowest", "--json")[1])["ended"]] == [
         *("quick", "failed", "slow.1")

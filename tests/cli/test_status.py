@@ -17,10 +17,23 @@ def test_status(run, broker):
     assert "requests  decode 1" in out and "counted   none" in out
     header, row = (re.split(r"\s{2,}", line) for line in out.splitlines()[-2:])
     assert dict(zip(header, row, strict=False)) == {
-        **{"instance": "p0", "role": "prefill", "state": "ready", "queued": "1", "predicted": "0.0 ms", "fill": "-"},
+        **{"instance": "p0", "role": "prefill", "state": "ready", "queued": "1", "queue time": "0.0 ms", "fill": "-"},
         **{"waiting": "0", "running": "2", "heavy": "0", "batch": "-", "blocks": "9", "KV used": "11%"},
         **{"busy": "0%", "held": "3"},
     }
+
+
+def test_the_help_explains_the_columns(run):
+    for command in ("status", "top"):
+        assert "queue time  how long it will take to compute them" in run(command, "--help")[1]
+    assert "held        requests" in run("status", "--help")[1] and "held  " not in run("top", "--help")[1]
+
+
+def test_a_lost_instance_is_not_said_to_be_busy(run, broker):
+    instance = {**INSTANCE, "state": "lost", "load": {**INSTANCE["load"], "busy": 0.99}}
+    broker(lambda message: [{**STATUS, "instances": [instance]}])
+    header, row = (re.split(r"\s{2,}", line) for line in run("status")[1].splitlines()[-2:])
+    assert row[header.index("busy")] == "-"
 
 
 def test_status_shows_what_the_gateways_count(run, broker, place):

@@ -128,9 +128,9 @@ def _facts(result: Result) -> dict[str, str]:
     receipt, decode_s = result.receipt, result.timeline.get(Stage.DECODE, 0.0)
     rate = (result.usage.completion_tokens - 1) / decode_s if decode_s else 0.0
     return {
-        **{stage.value: _ms(result.timeline.get(stage, 0.0)) for stage in stages},
-        "TTFT": _ms(result.ttft_s),
-        "JCT": _ms(result.jct_s),
+        **{stage.value: _duration(result.timeline.get(stage, 0.0)) for stage in stages},
+        "TTFT": _duration(result.ttft_s),
+        "JCT": _duration(result.jct_s),
         "output tokens": str(result.usage.completion_tokens),
         "tokens/s": f"{rate:.1f}",
         "chunks": _count(receipt.chunks),
@@ -148,8 +148,10 @@ def _count(number: int | None, form: str = "") -> str:
     return "unknown" if number is None else format(number, form)
 
 
-def _ms(seconds: float | None) -> str:
-    return "-" if seconds is None else f"{1000 * seconds:.1f} ms"
+def _duration(seconds: float | None) -> str:
+    if seconds is None:
+        return "-"
+    return f"{1000 * seconds:.1f} ms" if seconds < 1 else f"{seconds:.2f} s"
 
 
 if __name__ == "__main__":

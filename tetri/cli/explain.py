@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LAST = 20  # requests that are listed
 _CHOICE = re.compile(r"(.+)\.(\d{1,4})", re.ASCII)  # see tetri.request.choice_id
 _FAILED = ("error", "deadline")
-_TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "attempts", "prompt", "output", "on")
+_TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "attempts", "prompt", "output", "instances")
 _EXAMPLES = examples(
     "tetri-cli explain   # lists the last requests",
     "tetri-cli explain 5f2c9a1e03b7d8460c1d2e3f4a5b6c7d",

@@ -27,7 +27,7 @@ WIDE = 160  # columns from which the banks stand side by side
 _HEADINGS = 9  # lines besides rows of instances, events and notes
 _ROLE = Column("role", lambda i, a: i.role if i.state == "ready" else i.state, False)
 PREFILL = (
-    *(shown.INSTANCE, _ROLE, shown.QUEUED, shown.PREDICTED, shown.FILL, shown.KV_USED, shown.BUSY),
+    *(shown.INSTANCE, _ROLE, shown.QUEUED, shown.QUEUE_TIME, shown.FILL, shown.KV_USED, shown.BUSY),
     shown.PREFILL_RATIO,
 )
 DECODE = (

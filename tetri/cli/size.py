@@ -35,7 +35,7 @@ BOUNDS = {
     "max_batch": "max_batch",
     "link": "the link, which carries KV all the time",
 }
-_ROW = "{:<13}{:>10}{:>6}{:>11}{:>11}{:>7}{:>6}   {}"
+_ROW = "{:<13}{:>10}{:>6}{:>11}{:>11}{:>7}{:>9}   {}"
 _EXAMPLES = examples(
     "tetri-cli size --rate 5 --prompt 1000 --output 200 --ttft 2 --tpot 0.1",
     "tetri-cli size --rate 5 --prompt 1000 --output 200 --ttft 2 --tpot 0.1 --cost v100-opt13b --verify",
@@ -210,7 +210,8 @@ def _report(demand: Demand, sizing: Sizing, checks: Sequence[Checked]) -> Iterat
         f" {capacity.max_batch} requests a batch"
     )
     yield ""
-    yield _ROW.format("", "instances", "busy", f"TTFT {percentile}", f"TPOT {percentile}", "batch", "KV", "bound by")
+    latencies = f"TTFT {percentile}", f"TPOT {percentile}"
+    yield _ROW.format("", "instances", "busy", *latencies, "batch", "KV used", "bound by")
     yield from _rows("prefill", sizing.prefill, goal)
     yield from _rows("decode", sizing.decode, goal)
     if sizing.coupled is None:

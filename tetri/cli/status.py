@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import msgspec
 
 from tetri import terminal
 from tetri.cli import columns as shown
-from tetri.cli.columns import aligned, cells, counted
+from tetri.cli.columns import aligned, cells, counted, meanings
 from tetri.cli.options import (
     Overrides,
     connect,
@@ -25,7 +26,7 @@ from tetri.core.broker.notes import MONITOR_SILENT_S, NO_MONITOR
 from tetri.wire.clients import InstanceStatus, MonitorStatus, Status
 
 _COLUMNS = (
-    *(shown.INSTANCE, shown.ROLE, shown.STATE, shown.QUEUED, shown.PREDICTED, shown.FILL, shown.WAITING),
+    *(shown.INSTANCE, shown.ROLE, shown.STATE, shown.QUEUED, shown.QUEUE_TIME, shown.FILL, shown.WAITING),
     *(shown.RUNNING, shown.HEAVY, shown.BATCH, shown.BLOCKS, shown.KV_USED, shown.BUSY, shown.HELD, shown.RATIO),
     *(shown.KV, shown.NOTE),
 )
@@ -39,8 +40,7 @@ _LENGTHS = ["lengths by", "kind", "state", "predicted", "late", "ended", "right"
 def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bool) -> None:
     """Show the workers, the monitor, and the number of requests in each stage.
 
-    `fill` and `batch` are means since the worker started; `tetri-cli top` shows those of the last seconds, and its help
-    explains the columns."""
+    `fill` and `batch` are means since the worker started; `tetri-cli top` shows those of the last seconds."""
     with connect(conf, timeout, overrides) as client:
         found = client.status()
     gateways = _gateways(conf, overrides)
@@ -62,6 +62,9 @@ def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bo
         click.echo(aligned([_LENGTHS, *lengths]))
     for note in status.notes:
         click.echo(f"degraded  {note}")
+
+
+command.help = f"{inspect.cleandoc(command.help or '')}\n\n{meanings(_COLUMNS)}"
 
 
 def monitor(found: MonitorStatus | None) -> str:

@@ -21,7 +21,7 @@ import msgspec
 from tetri import terminal
 from tetri.cli.columns import meanings
 from tetri.cli.options import Overrides, connect, deployment_options, examples, json_option, seconds_option
-from tetri.cli.screen import Screen
+from tetri.cli.screen import DECODE, PREFILL, Screen
 from tetri.wire.clients import Observation
 
 INTERVAL_S = 0.5
@@ -52,7 +52,7 @@ def command(interval: float, once: bool, as_json: bool, conf: Path | None, overr
         _follow(looks, interval)
 
 
-command.help = f"{inspect.cleandoc(command.help or '')}\n\n{meanings()}"
+command.help = f"{inspect.cleandoc(command.help or '')}\n\n{meanings((*PREFILL, *DECODE))}"
 
 
 class _Looks:

@@ -40,8 +40,13 @@ def share(part: float, whole: float) -> str:
 
 
 def number(value: float | None) -> str:
-    """A mean or a ratio, with three digits."""
+    """A mean or a rate, with three digits."""
     return NOTHING if value is None else f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def ratio(value: float | None) -> str:
+    """A measured over a predicted time."""
+    return NOTHING if value is None else f"{value:.2f}"
 
 
 def count(number: int, noun: str) -> str:

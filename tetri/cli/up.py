@@ -59,7 +59,7 @@ def _summary(config: Config, run_dir: Path) -> list[str]:
         f"clients  {config.clients_address}",
         *http,
         f"logs     {run_dir}/log",
-        "try      bin/tetri-cli submit 'The capital of France is'   bin/tetri-cli status   bin/tetri-cli down",
+        "try      bin/tetri-cli submit 'The capital of France is'   bin/tetri-cli top   bin/tetri-cli down",
     ]
 
 

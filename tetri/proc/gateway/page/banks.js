@@ -10,15 +10,15 @@ class Card {
   constructor(iid, open) {
     this.iid = iid;
     const part = (name) => (this[name] = make(`span.${name}`));
-    const fact = (label, name) => make(`span.fact.${name}-fact`, make("span.label", `${label} `), part(name));
+    const fact = (label, name, more = "") => make(`span.fact.${name}-fact`, make("span.label", label, make("span.more", more), " "), part(name));
     this.button = make("button.card", { type: "button" },
       make("span.top", make("b", iid), " ", part("role"), " ", fact("busy", "busy")),
       make("span.load", part("loadBar")),
       make("span.memory", part("memoryBar")),
-      make("span.facts", fact("KV", "kv"), " ", make("span.label", part("blocks"), make("span.unit", " blocks"))),
+      make("span.facts", fact("KV", "kv", " used"), " ", make("span.label", part("blocks"), make("span.unit", " blocks"))),
       make("span.marks", part("queuedMarks"), part("heavyMarks"), part("lightMarks"), part("waitingMarks")),
       make("span.facts.words", part("decodes")),
-      make("span.facts.grid", fact("queue", "queue"), " ", fact("fill", "fill"), " ", fact("batch", "batch"), " ", fact("step", "step")));
+      make("span.facts.grid", fact("queue", "queue", " time"), " ", fact("fill", "fill"), " ", fact("batch", "batch"), " ", fact("step", "step", " ratio")));
     this.button.addEventListener("click", () => open(iid));
     this.button.id = `card-${iid}`;
     this.item = make("li", this.button);
@@ -32,8 +32,9 @@ class Card {
     mark(this.button, "role", it.role);
     mark(this.button, "state", it.state);
     write(this.role, it.state === "ready" ? it.role : it.state);
-    write(this.busy, percent(it.busy));
-    style(this.loadBar, "--part", it.busy.toFixed(2));
+    const busy = it.state === "ready" ? it.busy : null;
+    write(this.busy, percent(busy));
+    style(this.loadBar, "--part", (busy ?? 0).toFixed(2));
     write(this.kv, percent(used));
     style(this.memoryBar, "--part", used.toFixed(3));
     write(this.blocks, `${count(it.blocks - it.free)} / ${count(it.blocks)}`);
@@ -57,18 +58,13 @@ class Card {
   }
 
   words(it, light) {
-    const parts = [];
-    if (it.queued) parts.push(`${it.queued}\u00a0queued`);
-    if (it.heavy) parts.push(`${it.heavy}\u00a0heavy`);
-    if (light) parts.push(`${light}\u00a0light`);
-    if (it.waiting) parts.push(`${it.waiting}\u00a0waiting`);
-    return parts.join(" · ") || "no request";
+    const counts = Object.entries({ queued: it.queued, heavy: it.heavy, light, waiting: it.waiting });
+    return counts.filter(([, n]) => n).map(([name, n]) => `${n}\u00a0${name}`).join(" · ") || "no request";
   }
 
   steps(it) { // measured over predicted
-    const { prefill, decode } = it.ratio;
-    if (it.role === "mixed" && prefill != null && decode != null) return `${ratio(prefill)} ${ratio(decode)}`;
-    return ratio(it.role === "prefill" ? prefill : it.role === "decode" ? decode : prefill ?? decode);
+    const { prefill, decode } = it.ratio, both = [prefill, decode].filter((x) => x != null);
+    return it.role in it.ratio ? ratio(it.ratio[it.role]) : both.map(ratio).join(" · ") || ratio();
   }
 
   changed() {

@@ -1,4 +1,4 @@
-// Small charts over the last minutes, and the time line, all on one axis of time.
+// Charts over the last minutes, and the time line, all on one axis of time.
 
 import { ago, colour, find, make, none, seconds, short, write } from "./dom.js";
 

@@ -95,7 +95,7 @@ function waterfall(spans, until) {
   };
   for (let at = 0, step = ceiling(until / 5); at <= until * 1.0001; at += step) place(lane("", ".axis"), make("span", seconds(+at.toPrecision(6))), at);
   for (const it of spans.filter(({ start }) => start <= until)) {
-    const label = it.what === it.tone && Math.min(it.span, until - it.start) > until * 0.09 ? it.what : "";
+    const label = it.what === it.tone && Math.min(it.span, until - it.start) > until * 90 / body.clientWidth ? it.what : "";
     const node = make(it.lane === "events" ? "i.point" : "i.bar", { title: `${words(it)}; at ${seconds(it.start)}` }, label);
     node.dataset.tone = it.tone;
     place(lane(it.lane, ""), node, it.start, it.span);
@@ -107,7 +107,7 @@ function factsOf(it) {
   const got = it.receipt;
   return factList([
     ["ended", it.reason ?? `open: ${it.stage}`], ["TTFT", seconds(it.ttft_s)], ["TPOT", seconds(it.tpot_s)], ["JCT", seconds(it.jct_s)],
-    ["tokens in", count(it.prompt_tokens)], ["out", count(it.outputs)], ["attempts", count(it.attempts)],
+    ["prompt tokens", count(it.prompt_tokens)], ["output tokens", count(it.outputs)], ["attempts", count(it.attempts)],
     ["KV moved", got && got.kv_bytes != null ? `${bytes(got.kv_bytes)} over ${got.transport}` : null],
     ["adopted", got && count(got.adopted)], ["recomputed", got && count(got.recomputed)], ["preempted", got?.preempted ? count(got.preempted) : null],
     ["error", it.error],
@@ -133,7 +133,7 @@ export function explain(id) {
   return present(`Request ${id}`, async (current) => {
     const it = await ask(`live/requests/${encodeURIComponent(id)}`);
     if (!current()) return false;
-    if (it === null) body.replaceChildren(make("p", "No such request is known: it never was, or it ended too long ago."));
+    if (it === null) body.replaceChildren(make("p", "No such request is known, or it ended too long ago."));
     else showTimeline(it, view);
     return it !== null && it.reason === null;
   });
@@ -143,11 +143,11 @@ export function explain(id) {
 
 const LOADS = [
   { title: "Requests", lines: ["running", "waiting", "queued"], values: (p) => [p.running, p.waiting, p.queued], show: count },
-  { title: "KV memory in use", lines: ["used"], values: (p) => [p.used], show: percent, top: 1 },
+  { title: "KV used", lines: ["used"], values: (p) => [p.used], show: percent, top: 1 },
   { title: "Busy and chunk fill", lines: ["busy", "fill"], values: (p) => [p.busy, p.fill], show: percent, top: 1 },
   { title: "Batch", lines: ["batch"], values: (p) => [p.batch], show: short },
 ];
-const HEADS = ["time", "role", "state", "queued", "waiting", "running", "KV", "busy"];
+const HEADS = ["time", "role", "state", "queued", "waiting", "running", "KV used", "busy"];
 
 function instanceFacts(it) {
   return factList([
@@ -155,7 +155,7 @@ function instanceFacts(it) {
     ["decodes", `${it.running} running, ${it.waiting} waiting (${it.landed} with all KV), ${it.heavy} heavy`],
     ["KV blocks", `${count(it.blocks - it.free)} of ${count(it.blocks)}`], ["KV in", `${bytes(it.received_bytes_s)}/s`],
     ["busy", percent(it.busy)], ["chunk fill", percent(it.fill)], ["batch", short(it.batch)],
-    ["step, measured over predicted", `prefill ${ratio(it.ratio.prefill)}, decode ${ratio(it.ratio.decode)}`], ["note", it.note || null],
+    ["step ratio", `prefill ${ratio(it.ratio.prefill)}, decode ${ratio(it.ratio.decode)}`], ["note", it.note || null],
   ]);
 }
 
@@ -170,7 +170,7 @@ export function instance(iid, latest) { // latest(iid): what the stream says now
     const found = await ask(`live/instances/${encodeURIComponent(iid)}`), it = latest(iid);
     if (!current()) return false;
     if (found === null || !it) {
-      body.replaceChildren(make("p", "This instance is not part of the deployment any more."));
+      body.replaceChildren(make("p", "This instance is not in the deployment any more."));
       return false;
     }
     const points = found.points.map((p) => ({ ...p, used: it.blocks ? 1 - p.free / it.blocks : null }));

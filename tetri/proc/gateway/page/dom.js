@@ -1,4 +1,4 @@
-// Small helpers: elements, and numbers as text. Whatever comes from the server becomes text, never HTML.
+// Elements, and numbers as text. Whatever comes from the server becomes text, never HTML.
 
 export const find = (id) => document.getElementById(id);
 
@@ -66,6 +66,6 @@ export function bytes(x) {
   return `${short(x / 1000 ** power)} ${["B", "kB", "MB", "GB", "TB"][power]}`;
 }
 
-export const ratio = (x) => (x == null ? none : `×${x.toFixed(2)}`);
+export const ratio = (x) => (x == null ? none : x.toFixed(2));
 
 export const ENDS = ["done", "failed", "cancelled"]; // stages

@@ -1,4 +1,4 @@
-// Requests on their way between the banks: dots behind the cards, and a faint line for each hand-over of late.
+// Requests between the banks: dots behind the cards, and a faint line for each hand-over of late.
 
 import { cardOf } from "./banks.js";
 import { sized } from "./charts.js";
@@ -26,7 +26,7 @@ export function resize() {
   wake();
 }
 
-// Moves of one message, oldest first: each choice goes once through all places that it has been to since the last.
+// Moves of one message, oldest first: each choice goes once through all its places since the last.
 export function showMoves(moves, first) {
   const now = performance.now(), routes = new Map();
   for (const [rid, stage, iid, age, attempt] of moves) {

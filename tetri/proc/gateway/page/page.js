@@ -14,7 +14,7 @@ const state = { first: true, points: [], events: [], instances: [], sizes: "", n
 const latest = (iid) => state.instances.find((it) => it.iid === iid);
 const open = (iid) => detail.instance(iid, latest);
 
-// ---- what is said to those who do not see the page: rarely, and together
+// ---- for screen readers: rarely, and together
 
 const sayings = [];
 let saying = 0;
@@ -136,7 +136,7 @@ find("find").addEventListener("submit", (event) => {
 function writeCommands() {
   const key = hasKey() ? ' -H "Authorization: Bearer $TETRI_API_KEY"' : "";
   const address = new URL("v1/completions", location.href).href;
-  write(find("try"), `tetri-cli submit "The capital of France is"\n\ncurl ${address}${key} -d '{"prompt": "The capital of France is", "max_tokens": 60}'`);
+  write(find("try"), `bin/tetri-cli submit "The capital of France is"\n\ncurl ${address}${key} -d '{"prompt": "The capital of France is", "max_tokens": 60}'`);
 }
 
 requests.onExplain(detail.explain);
