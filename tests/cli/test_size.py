@@ -1,11 +1,13 @@
 """tetri-cli size: the answer for the configured and for other hardware, and one line for what cannot be."""
 
 import json
+import shlex
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
+from tetri.cli.size import command
 from tetri.sim import pools, sizing
 
 LOAD = ("--rate", "20", "--prompt", "100", "--output", "8", "--ttft", "0.3", "--tpot", "0.05")
@@ -65,6 +67,13 @@ def test_the_configuration_describes_the_hardware(run):
 def test_a_link_that_carries_less_than_prompts_need_more_instances(run):
     slow = json.loads(run(*LOAD, *V100, "--link", "5e8", "--tpot", "0.2", "--json")[1])["decode"]
     assert slow["bound"] == "link" and slow["enough"]["instances"] > 20 * 100 * 819200 / 5e8
+
+
+@pytest.mark.parametrize("example", command.epilog.splitlines()[2:])
+def test_the_examples_of_its_help_have_an_answer(run, example):
+    arguments = [each for each in shlex.split(example, comments=True)[2:] if each != "--verify"]
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "") and " prefill + " in out
 
 
 def test_the_lengths_of_a_trace(run, tmp_path):

@@ -40,7 +40,7 @@ _ROW = "{:<13}{:>10}{:>6}{:>11}{:>11} {:>6}{:>6}   {}"
 _EXAMPLES = examples(
     "tetri-cli size --rate 5 --prompt 1000 --output 200 --ttft 2 --tpot 0.1",
     "tetri-cli size --rate 5 --prompt 1000 --output 200 --ttft 2 --tpot 0.1 --cost v100-opt13b --verify",
-    "tetri-cli size --rate 5 --prompt lognormal:800:0.8 --output 20-400 --ttft 2 --tpot 0.1 --share 0.99   # p99",
+    "tetri-cli size --rate 5 --prompt lognormal:800:0.8 --output 20-400 --ttft 8 --tpot 0.1 --share 0.99   # p99",
 )
 # Name, type, help.
 _OPTIONS: tuple[tuple[str, Any, str], ...] = (
