@@ -201,7 +201,8 @@ class Demand:
         return Served(instances, ttft_s=ttft_s + 2 * self.setup.link_latency_s, busy=_busy(made))
 
     def _prefilled(self, replicas: int, rate: float, requests: int) -> CoupledOutcome:
-        limits = CoupledLimits(SLOTS, self.capacity.chunk_tokens, self.kv_tokens)
+        slots = min(SLOTS, self.capacity.max_batch)
+        limits = CoupledLimits(slots, self.capacity.chunk_tokens, self.kv_tokens)
         arrivals = (replace(each, output=1) for each in self.arrivals(rate, requests))
         return coupled.run("chunked", limits, self.cost, arrivals, replicas, route=least_queued)
 
