@@ -56,6 +56,22 @@ def test_an_id_is_that_of_a_request_a_choice_or_an_http_answer(run, served, argu
     assert (served.seen[0]["rid"], served.seen[0]["choice"]) == meant
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["r1", "--slowest"], "--slowest is for the list: leave out RID"),
+        (["r1", "--failed"], "--failed is for the list"),
+        (["r1", "--last", "20"], "--last is for the list"),
+        (["--choice", "1"], "--choice is of a request: give RID"),
+        (["r1", "--choice", "10000"], "not in the range"),
+        (["r" * 129], "length <= 128"),
+    ],
+)
+def test_what_cannot_be_meant_is_one_line(run, served, arguments, says):
+    status, out, err = run("explain", *arguments)
+    assert (status != 0, out) == (True, "") and says in err and err.count("\n") == 1 and not served.seen
+
+
 def test_json_is_the_timeline(run, served):
     assert json.loads(run("explain", "r1", "--json")[1]) == {
         key: value for key, value in timeline().items() if key != "type"

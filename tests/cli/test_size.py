@@ -1,11 +1,13 @@
 """tetri-cli size: the answer for the configured and for other hardware, and one line for what cannot be."""
 
 import json
+import shlex
 from dataclasses import replace
 from functools import partial
 
 import pytest
 
+from tetri.cli.size import command
 from tetri.sim import pools, sizing
 
 LOAD = ("--rate", "20", "--prompt", "100", "--output", "8", "--ttft", "0.3", "--tpot", "0.05")
@@ -46,6 +48,12 @@ def test_the_table_names_the_percentile_and_the_bounds(run):
     assert "falls behind more and more" in out and "--verify" in lines[-1]
 
 
+def test_the_least_rate_is_served_as_one_request_is(run):
+    out = run("--rate", "1e-6", *LOAD[2:], *V100)[1]
+    (decode,) = [line.split() for line in out.splitlines() if line.startswith("decode")]
+    assert decode[:6] == ["decode", "1", "0%", "-", *decode[4:6]] and decode[5] == "ms" and float(decode[4]) > 20
+
+
 def test_the_configuration_describes_the_hardware(run):
     conf = ("--conf", "conf/emulated.toml", "--set", "engine.cost=v100-opt13b.toml", "--set", "emulated.blocks=512")
     status, out, _ = run(*LOAD, *conf, "--set", "engine.max_batch=7", "--set", "engine.chunk_tokens=256")
@@ -59,6 +67,13 @@ def test_the_configuration_describes_the_hardware(run):
 def test_a_link_that_carries_less_than_prompts_need_more_instances(run):
     slow = json.loads(run(*LOAD, *V100, "--link", "5e8", "--tpot", "0.2", "--json")[1])["decode"]
     assert slow["bound"] == "link" and slow["enough"]["instances"] > 20 * 100 * 819200 / 5e8
+
+
+@pytest.mark.parametrize("example", command.epilog.splitlines()[2:])
+def test_the_examples_of_its_help_have_an_answer(run, example):
+    arguments = [each for each in shlex.split(example, comments=True)[2:] if each != "--verify"]
+    status, out, err = run(*arguments)
+    assert (status, err) == (0, "") and " prefill + " in out
 
 
 def test_the_lengths_of_a_trace(run, tmp_path):
@@ -99,7 +114,8 @@ def test_coupled_instances_that_cannot(run, monkeypatch):
     [
         (["--ttft", "0.05"], "ttft 0.05 s: the prefill of a request alone takes 0.0"),
         (["--tpot", "0.01"], "tpot 0.01 s: a token of a request alone takes 0.0"),
-        (["--rate", "0"], "0.0 is not in the range 0<x"),
+        (["--rate", "0"], "0.0 is not in the range 1e-06<=x"),
+        (["--rate", "1e-300"], "1e-300 is not in the range 1e-06<=x"),
         (["--rate", "inf"], "inf is not in the range"),
         (["--tpot", "nan"], "must be numbers"),
         (["--share", "1"], "1.0 is not in the range"),

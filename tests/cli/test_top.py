@@ -5,12 +5,14 @@ import json
 import os
 import pty
 import signal
+import subprocess
 import termios
 
 import pytest
 from observed import member, observation
 
 from tests.cli.fakes import environment, start
+from tests.cli.fakes import on_terminal as run_on_terminal
 
 FOUND = observation(member("p0", "prefill"), member("d0", "decode"))
 
@@ -20,13 +22,14 @@ def observed(message):
 
 
 @contextlib.contextmanager
-def on_terminal(*arguments):
-    """The command on a terminal of its own: the process, a function that reads what the terminal got until a text is
-    there, and what writes to the terminal."""
+def on_terminal(*arguments, stdin=None):
+    """The command on a terminal of its own, or with another stdin: the process, a function that reads what the terminal
+    got until a text is there, and what writes to the terminal."""
     ours, theirs = pty.openpty()
     termios.tcsetwinsize(theirs, (24, 80))
     before = termios.tcgetattr(theirs)
-    process = start("top", *arguments, stdin=theirs, stdout=theirs, stderr=theirs, env=environment(TERM="xterm"))
+    stdin = theirs if stdin is None else stdin
+    process = start("top", *arguments, stdin=stdin, stdout=theirs, stderr=theirs, env=environment(TERM="xterm"))
     got = b""
 
     def until(text):
@@ -55,6 +58,21 @@ def test_it_leaves_the_terminal_as_it_was(broker, leave, status):
         until(b"p0")
         press(leave) if isinstance(leave, bytes) else process.send_signal(leave)
         assert process.wait(30) == status
+
+
+def test_it_leaves_the_terminal_as_it_was_also_without_a_keyboard(broker):
+    broker(observed)
+    with on_terminal(stdin=subprocess.DEVNULL) as (process, until, _):
+        until(b"p0")
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 143
+
+
+def test_on_a_dumb_terminal_it_prints_one_screen(broker):
+    """The cursor cannot move there."""
+    broker(observed)
+    status, got = run_on_terminal("top", TERM="dumb")
+    assert status == 0 and b"p0       prefill" in got and b"\x1b" not in got
 
 
 def test_it_goes_on_when_the_broker_is_away(broker):

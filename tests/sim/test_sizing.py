@@ -90,6 +90,23 @@ def test_limits_that_no_number_of_instances_reaches(goal, setup, says):
     assert says in str(error.value) and "\n" not in str(error.value)
 
 
+def test_memory_for_exactly_one_request_is_enough():
+    """A decode step that only fetches KV takes no memory."""
+    setup = replace(SETUP, kv_tokens=224, link_bytes_s=1e9)
+    for output in ("24", "2"):
+        found = size(demand(Goal(0.1, 10.0, 10.0), replace(setup, cost=replace(TABLE, kv_token_bytes=1)), "200", output))
+        assert found.decode.enough.instances == 1
+    with pytest.raises(SizingError, match="a request of 225 tokens is longer than the 224"):
+        size(demand(Goal(0.1, 10.0, 10.0), setup, "200", "25"))
+
+
+def test_prompts_in_one_chunk_are_at_most_max_batch():
+    """So that short prompts, each in a chunk of its own, need more instances."""
+    found = [size(demand(Goal(60, 0.3, 0.15), replace(V100, max_batch=most), "100", "2")) for most in (32, 1)]
+    packed, alone = (each.prefill.enough.instances for each in found)
+    assert packed == 2 and alone > 3
+
+
 def test_of_requests_that_vary_only_the_share_counts():
     goal = Goal(0.1, 1.5, 1.0)
     with pytest.raises(SizingError, match="of 90 % of the requests alone takes"):

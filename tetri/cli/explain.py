@@ -48,7 +48,7 @@ _EXAMPLES = examples(
 
 @click.command("explain", epilog=_EXAMPLES)
 @click.argument("rid", type=TEXT, required=False)
-@click.option("--choice", type=click.IntRange(0), help="The choice of a request with several (default: 0).")
+@click.option("--choice", type=click.IntRange(0, 9999), help="The choice of a request with several (default: 0).")
 @click.option("--slowest", is_flag=True, help="Without RID: list those with the longest JCT, the longest last.")
 @click.option("--failed", is_flag=True, help="Without RID: list those that ended by an error or their deadline.")
 @click.option("--last", type=COUNT, default=LAST, show_default=True, help=f"Without RID: so many, of the last {ENDS}.")
@@ -70,11 +70,21 @@ def command(
 
     RID is the id of the request, of a choice (RID.1) or of an HTTP answer (cmpl-RID, chatcmpl-RID). Without RID, list
     the requests that ended last, the newest last. The broker keeps the timelines of about 10,000 ended requests."""
+    for name in ("slowest", "failed", "last") if rid is not None else ():
+        if _given(name):
+            raise click.UsageError(f"--{name} is for the list: leave out RID")
+    if rid is None and choice is not None:
+        raise click.UsageError("--choice is of a request: give RID")
     with connect(conf, timeout, overrides) as client:
         if rid is not None:
             _explain(client, rid, choice, as_json, perfetto)
         else:
             _list(client, as_json, perfetto, **selection)
+
+
+def _given(name: str) -> bool:
+    """Whether the command line has this option."""
+    return click.get_current_context().get_parameter_source(name) is not click.core.ParameterSource.DEFAULT
 
 
 def _named(rid: str, choice: int | None = None) -> tuple[str, int]:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from tetri.sim.setup import Setup
     from tetri.sim.sizing import Answer, Checked, Sizing
 
+RATE = click.FloatRange(1e-6, 1e6)  # at a lower one, times of steps are lost beside those of arrivals
 POSITIVE = click.FloatRange(0, 1e6, min_open=True)
 SEED, CHECK_SEED = 0, 1
 BOUNDS = {
@@ -35,15 +36,15 @@ BOUNDS = {
     "max_batch": "max_batch",
     "link": "the link, which carries KV all the time",
 }
-_ROW = "{:<13}{:>10}{:>6}{:>11}{:>11}{:>7}{:>9}   {}"
+_ROW = "{:<13}{:>10}{:>6}{:>11}{:>11} {:>6}{:>9}   {}"
 _EXAMPLES = examples(
     "tetri-cli size --rate 5 --prompt 1000 --output 200 --ttft 2 --tpot 0.1",
     "tetri-cli size --rate 5 --prompt 1000 --output 200 --ttft 2 --tpot 0.1 --cost v100-opt13b --verify",
-    "tetri-cli size --rate 5 --prompt lognormal:800:0.8 --output 20-400 --ttft 2 --tpot 0.1 --share 0.99   # p99",
+    "tetri-cli size --rate 5 --prompt lognormal:800:0.8 --output 20-400 --ttft 8 --tpot 0.1 --share 0.99   # p99",
 )
 # Name, type, help.
 _OPTIONS: tuple[tuple[str, Any, str], ...] = (
-    ("--rate", POSITIVE, "Requests per second; a Poisson process."),
+    ("--rate", RATE, "Requests per second; a Poisson process."),
     ("--prompt", None, "Prompt lengths in tokens: N, LOW-HIGH or lognormal:MEDIAN:SIGMA."),
     ("--output", None, "Output lengths, as --prompt."),
     ("--trace", FILE, "Take the lengths from this trace instead (formats: tetri-cli sim run --help)."),

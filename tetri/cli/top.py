@@ -37,10 +37,10 @@ _SILENT_S = 2.0  # without an answer for so long, the screen says so
 @json_option
 @deployment_options
 def command(interval: float, once: bool, as_json: bool, conf: Path | None, overrides: Overrides) -> None:
-    """Show live how instances and requests fare, until q or Ctrl-C. Without a terminal: once.
+    """Show live how instances and requests fare, until q or Ctrl-C. Without a terminal, or on a dumb one: once.
 
     --json prints an Observation (docs/protocol.md). An instance is in the bank of each phase that it has work of."""
-    if as_json or once or not sys.stdout.isatty():
+    if as_json or once or not _on_terminal():
         with connect(conf, _SILENT_S, overrides) as client:
             found = client.observe()
         if as_json:
@@ -53,6 +53,11 @@ def command(interval: float, once: bool, as_json: bool, conf: Path | None, overr
 
 
 command.help = f"{inspect.cleandoc(command.help or '')}\n\n{meanings((*PREFILL, *DECODE))}"
+
+
+def _on_terminal() -> bool:
+    """Whether stdout is a terminal on which the cursor moves."""
+    return sys.stdout.isatty() and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
 
 
 class _Looks:
@@ -92,7 +97,7 @@ def _follow(looks: _Looks, interval: float) -> None:
     from rich.live import Live
 
     console, screen = Console(highlight=False), Screen()
-    with _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
+    with _terminable(), _keys() as pressed, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
             looks.next(screen)
             width, height = console.size
@@ -110,14 +115,24 @@ def _print_once(observation: Observation) -> None:
 
 
 @contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM ends what is inside as an exception does, so that the terminal is as before afterwards."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
 def _keys() -> Iterator[Callable[[float], str]]:
     """A function that waits for a key, at most so many seconds: "" if none was pressed. The terminal shows no keys
-    meanwhile, and is as before afterwards, also after SIGTERM."""
+    meanwhile, and is as before afterwards."""
     if not sys.stdin.isatty():
         yield _sleep
         return
     keyboard = sys.stdin.fileno()
-    before, terminated = termios.tcgetattr(keyboard), signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    before = termios.tcgetattr(keyboard)
 
     def pressed(wait_s: float) -> str:
         ready, _, _ = select.select([keyboard], [], [], wait_s)
@@ -128,7 +143,6 @@ def _keys() -> Iterator[Callable[[float], str]]:
         yield pressed
     finally:
         termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
-        signal.signal(signal.SIGTERM, terminated)
 
 
 def _sleep(wait_s: float) -> str:

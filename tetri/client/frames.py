@@ -166,10 +166,13 @@ def change_role(key: str, iid: str, role: str) -> bytes:
 
 
 def frame(body: Mapping[str, Any] | Record) -> bytes:
-    """Encode a message. Raises BadRequest if that fails or the frame is too large."""
+    """Encode a message. Raises BadRequest if that fails, the broker could not decode it or the frame is too large."""
     try:
-        data = VERSION + msgspec.msgpack.encode(body)
-    except (UnicodeEncodeError, OverflowError) as error:
+        encoded = msgspec.msgpack.encode(body)
+        if isinstance(body, Record):
+            msgspec.msgpack.decode(encoded, type=type(body))
+        data = VERSION + encoded
+    except (UnicodeEncodeError, OverflowError, msgspec.ValidationError) as error:
         raise BadRequest(f"the request cannot be encoded: {error}") from None
     if len(data) > MAX_SENT:
         raise BadRequest(f"the request has {len(data)} bytes, at most {MAX_SENT} can be sent")

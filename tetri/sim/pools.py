@@ -201,7 +201,8 @@ class Demand:
         return Served(instances, ttft_s=ttft_s + 2 * self.setup.link_latency_s, busy=_busy(made))
 
     def _prefilled(self, replicas: int, rate: float, requests: int) -> CoupledOutcome:
-        limits = CoupledLimits(SLOTS, self.capacity.chunk_tokens, self.kv_tokens)
+        slots = min(SLOTS, self.capacity.max_batch)
+        limits = CoupledLimits(slots, self.capacity.chunk_tokens, self.kv_tokens)
         arrivals = (replace(each, output=1) for each in self.arrivals(rate, requests))
         return coupled.run("chunked", limits, self.cost, arrivals, replicas, route=least_queued)
 
@@ -213,8 +214,8 @@ class Demand:
             return Served(instances, tpot_s=0.0, busy=0.0, batch=0.0, memory=0.0)
         if max(self._decoding(self._full[0]), self._fetching) >= instances:
             return Served(instances, tpot_s=inf)
-        limits = CoupledLimits(self.capacity.max_batch, WHOLE, self.kv_tokens)
-        fetches = int(self._fetch_s(1) > 0)
+        fetches = int(self._fetch_s(1) > 0)  # steps that count as output without a token in memory
+        limits = CoupledLimits(self.capacity.max_batch, WHOLE, self.kv_tokens + fetches)
         entry_s = 0.0 if fetches else self.cost.decode_s(1, 0)
         cost = replace(self.cost, prefill=((1.0, entry_s),), prefill_start_s=0.0)
         replicas, rate = self._scaled(instances, POOL)

@@ -28,3 +28,11 @@ def test_a_clock_that_runs_slow_or_fast_is_followed(rate):
         now = 50.0 + number
         offset = clock.seen(number * rate, now + 0.001)
     assert number * rate + offset == pytest.approx(now, abs=0.004)
+
+
+def test_a_clock_that_stopped_for_long_is_known_at_once():
+    """Its first message after that may have waited, and the next one tells."""
+    clock = ClockOffset()
+    found = [clock.seen(at, 100.0 + at) for at in (0.0, 0.5, 1.0)]
+    found += [clock.seen(at, 100.0 + at + 2 * WINDOW_S) for at in (1.5, 2.0)]
+    assert found == [100.0] * 3 + [100.0 + 2 * WINDOW_S] * 2

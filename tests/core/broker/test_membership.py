@@ -14,6 +14,7 @@ from tetri.request import Stage
 from tetri.wire.codec import encode
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.messages import FromWorker, Membership
+from tetri.wire.observation import Activity
 
 OTHER = fingerprint(dtype="f32")
 
@@ -195,6 +196,22 @@ def test_a_restarted_worker_loses_what_it_had(served):
 def test_registering_again_loses_nothing(served):
     served.tell(submit())
     assert not assigned(served.tell(ready("p1", "prefill"))) and not served.status().counters.get("restarts")
+
+
+def test_what_a_process_has_reported_stays_known_when_it_registers_again(served):
+    """What it has counted so far never goes back: it would seem to do all of it again."""
+
+    def known():
+        (status,) = [each for each in served.status().instances if each.iid == "p1"]
+        return status.activity.steps, status.counters, status.slots_used
+
+    served.tell(heartbeat("p1", role="prefill", activity=Activity(steps=7), counters={"adopted": 3}, slots_used=2))
+    served.tell(ready("p1", "prefill"))
+    assert known() == (7, {"adopted": 3}, 2)
+    served.tell(PeerDown("p1"), ready("p1", "prefill"), PeerUp("p1"))
+    assert known() == (7, {"adopted": 3}, 2)
+    served.tell(ready("p1", "prefill", incarnation=2))
+    assert known() == (0, {}, 0)
 
 
 def test_a_lost_worker_gets_nothing_until_it_is_heard_over_a_new_connection(served):

@@ -4,7 +4,7 @@ publishes, and the pools of prefill instances that routing chooses from."""
 from __future__ import annotations
 
 from bisect import bisect_left
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import inf
 
 from tetri.core.actions import Action, Connect, Disconnect, Send
@@ -82,14 +82,18 @@ class Members:
 
     def ready(self, message: Ready, now: float) -> tuple[list[Action], Member | None]:
         """Register a worker. Returns the actions that connect to it and the member that it replaces if that one has
-        another incarnation, else None; the requests of a replaced member are lost."""
+        another incarnation, else None; the requests of a replaced member are lost. What a process has reported before
+        stays known when it registers again: its counts never go back."""
         instance = message.instance
         old = self.by_iid.get(instance.iid)
-        self.by_iid[instance.iid] = Member(instance, message.load, now)
+        replaced = old is not None and old.instance.incarnation != instance.incarnation
+        known = Member(instance, message.load, now) if old is None or replaced else old
+        self.by_iid[instance.iid] = replace(
+            known, instance=instance, load=message.load, seen=now, suspect=False, lost=None
+        )
         self._note(instance.iid)
         if instance.iid in self.up:
             self._need_whole[instance.iid] = None
-        replaced = old is not None and old.instance.incarnation != instance.incarnation
         return [Connect(instance.iid, instance.inbox)], old if replaced else None
 
     def known(self, message: FromWorker) -> Member | None:
