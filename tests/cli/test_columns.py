@@ -17,10 +17,10 @@ def test_a_cell_tells_of_the_load_and_of_the_steps_since_the_start_or_of_the_las
     fields |= {"step_ratio": {"prefill": 1.5, "decode": None}, "paths": {"shm": 2}}
     found = msgspec.convert(instance("m0", "mixed", **fields), InstanceStatus)
     expected = {
-        **{columns.INSTANCE: "m0", columns.QUEUED: "2", columns.PREDICTED: "250.0 ms", columns.FILL: "50%"},
+        **{columns.INSTANCE: "m0", columns.QUEUED: "2", columns.QUEUE_TIME: "250.0 ms", columns.FILL: "50%"},
         **{columns.WAITING: "1", columns.RUNNING: "4", columns.HEAVY: "3", columns.BATCH: "2.5"},
         **{columns.KV_USED: "75%", columns.BUSY: "50%", columns.RATIO: "prefill 1.50", columns.KV: "shm 2"},
-        **{columns.PREFILL_RATIO: "1.5", columns.DECODE_RATIO: "-"},
+        **{columns.PREFILL_RATIO: "1.50", columns.DECODE_RATIO: "-"},
     }
     assert cells([*expected], found) == [*expected.values()]
     recent = Activity(chunk_tokens=9, chunk_space=10)
@@ -28,7 +28,9 @@ def test_a_cell_tells_of_the_load_and_of_the_steps_since_the_start_or_of_the_las
 
 
 def test_the_help_explains_every_title_that_is_not_plain():
-    plain = {"instance", "role", "state", "blocks", "held", "KV paths", "note"}
+    plain = {"instance", "role", "state", "note"}
     titles = {each.title for each in vars(columns).values() if isinstance(each, columns.Column)}
     assert {column.title for column in columns.MEANING} == titles - plain
-    assert "heavy       waiting and running" in meanings() and counted({"a": 1, "b": 2}) == "a 1, b 2"
+    shown = meanings([columns.HEAVY, columns.ROLE])
+    assert "heavy" in shown and "waiting and running" in shown and "role" not in shown
+    assert counted({"a": 1, "b": 2}) == "a 1, b 2"

@@ -94,7 +94,9 @@ def test_memory_for_exactly_one_request_is_enough():
     """A decode step that only fetches KV takes no memory."""
     setup = replace(SETUP, kv_tokens=224, link_bytes_s=1e9)
     for output in ("24", "2"):
-        found = size(demand(Goal(0.1, 10.0, 10.0), replace(setup, cost=replace(TABLE, kv_token_bytes=1)), "200", output))
+        found = size(
+            demand(Goal(0.1, 10.0, 10.0), replace(setup, cost=replace(TABLE, kv_token_bytes=1)), "200", output)
+        )
         assert found.decode.enough.instances == 1
     with pytest.raises(SizingError, match="a request of 225 tokens is longer than the 224"):
         size(demand(Goal(0.1, 10.0, 10.0), setup, "200", "25"))
