@@ -187,7 +187,8 @@ class StepSpan(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fi
 
 class Timeline(Record, tag="timeline", frozen=True):
     """All that is known of how a choice was served. Times are in seconds since the request's arrival, which was
-    `age_s` seconds ago. `reason`: None while it is open. `left_out`: events and steps that were not kept."""
+    `age_s` seconds ago. `reason`: None while it is open. `left_out`: events and steps that were not kept, and
+    tokens that were sent again, whose steps are not known."""
 
     rid: Name
     choice: Count
