@@ -43,7 +43,8 @@ each_case = pytest.mark.parametrize("number", range(len(CASES)))
 def test_a_timeline_is_what_the_done_says(number):
     for done, timeline in told(number)[1]:
         assert (timeline.reason, timeline.error, timeline.receipt) == (done.reason, done.error, done.receipt)
-        assert timeline.outputs == done.usage.completion_tokens and timeline.left_out == 0
+        assert timeline.outputs == done.usage.completion_tokens
+        assert timeline.left_out == 0 or number in LOSSY  # tokens that were sent again come without their steps
         spent, end = Counter(), 0.0
         for span in timeline.stages:
             assert span.start_s == pytest.approx(end) and span.seconds >= 0.0
@@ -67,7 +68,7 @@ def test_events_and_steps_lie_in_the_time_of_the_request_and_where_it_was(number
             assert step.start_s >= -1e-6 and step.start_s + step.seconds <= done.jct_s + 1e-6
             assert step.iid in holders and step.tokens > 0
         # What comes after a stop text is cut off. What is sent again is sent without its step.
-        assert sum(step.tokens for step in timeline.steps) >= timeline.outputs or number in LOSSY
+        assert sum(step.tokens for step in timeline.steps) + timeline.left_out >= timeline.outputs
         assert all(event.at >= -1e-6 for event in timeline.events)
 
 

@@ -102,7 +102,7 @@ def heading(timeline: Timeline) -> list[tuple[str, str]]:
     mishaps = [event for event in timeline.events if event.kind in MISHAPS]
     lines += [(event.kind, f"at {seconds(event.at)}: {detail(event)}") for event in mishaps]
     if timeline.left_out:
-        lines.append(("left out", f"{timeline.left_out} of its events and steps, more than are kept"))
+        lines.append(("left out", f"{timeline.left_out} of its events and steps are not known"))
     return lines
 
 

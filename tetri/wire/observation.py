@@ -188,7 +188,7 @@ class StepSpan(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fi
 class Timeline(Record, tag="timeline", frozen=True):
     """All that is known of how a choice was served. Times are in seconds since the request's arrival, which was
     `age_s` seconds ago. `reason`: None while it is open. `tpot_s`: as in Ended, or so far. `left_out`: events and steps
-    that were not kept."""
+    that were not kept, and tokens that were sent again, whose steps are not known."""
 
     rid: Name
     choice: Count

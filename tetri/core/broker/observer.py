@@ -123,14 +123,15 @@ class StepTokens:
         """The choice has got so many new tokens. Those that come together share the time evenly."""
         since, now = choice.last_at, self._now
         choice.last_at = now
-        if (trace := choice.trace) is not None and (packed := self._packed) is not None:
-            if tokens != 1:
-                assert self._step is not None
-                packed = self._pack(self._step, tokens)
-            if len(trace.steps) < MOST_STEPS:
-                trace.steps.append(packed)
+        if (trace := choice.trace) is not None:
+            packed = self._packed
+            if packed is None or len(trace.steps) >= MOST_STEPS:  # tokens that were sent again come without their steps
+                trace.left_out += 1 if packed else tokens
             else:
-                trace.left_out += 1
+                if tokens != 1:
+                    assert self._step is not None
+                    packed = self._pack(self._step, tokens)
+                trace.steps.append(packed)
         if since == self._since and tokens == 1:  # the usual case, fast
             self._times += 1
         elif since is None:

@@ -62,9 +62,8 @@ class Timelines:
             reported = offset, iid, event
             self._add(choice, reported)
             if len(choice.request.choices) > 1 and event.kind in SHARED:
-                lead = event.rid, event.attempt
                 for each in choice.request.choices:
-                    if each is not choice and each.trace is not None and lead in each.trace.together:
+                    if each is not choice and _shares(each, event, event.at + offset):
                         self._add(each, reported)
 
     def shared(self, choices: Sequence[Choice]) -> None:
@@ -127,6 +126,14 @@ class Timelines:
             return timeline(_facts(choice), steps, len(steps), now)
         packed = self._kept.get(name)
         return None if packed is None else unpacked(packed, now)
+
+
+def _shares(choice: Choice, event: TraceEvent, at: float) -> bool:
+    """Whether a choice shares what was reported for its lead. It may have ended before: the others then have gone on,
+    perhaps to another instance."""
+    trace, done = choice.trace, choice.outbox.done
+    together = trace is not None and (event.rid, event.attempt) in trace.together
+    return together and (done is None or at <= choice.request.arrival + done.jct_s)
 
 
 def _facts(choice: Choice) -> Facts:

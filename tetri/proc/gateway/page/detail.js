@@ -124,7 +124,7 @@ function showTimeline(it, view) {
     button.addEventListener("click", () => { view.name = name; showTimeline(it, view); });
     return button;
   });
-  const left = it.left_out ? [make("p.dim", `${count(it.left_out)} events and steps were not kept`)] : [];
+  const left = it.left_out ? [make("p.dim", `${count(it.left_out)} events and steps are not known`)] : [];
   refill(factsOf(it), make("p.views", ...buttons), waterfall(spans, until), ...left, tableOf("As a table", ["at", "took", "where", "what", "more"], rows));
 }
 
