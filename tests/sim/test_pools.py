@@ -91,6 +91,7 @@ def test_decode_takes_as_long_as_with_the_live_cores(output, decode, link, monke
 
 def test_a_pool_that_falls_behind_is_not_simulated():
     assert demand().prefill(4) == Served(4, ttft_s=inf)
+    assert demand().coupled(4) == Served(4, inf, inf)
     busy = demand(goal=replace(GOAL, rate=20.0, tpot_s=1.0))
     assert busy.decode(2, 41) == Served(2, tpot_s=inf) and busy.decode(3, 41).tpot_s < inf
     assert demand(setup=replace(SETUP, link_bytes_s=200_000.0)).decode(2, 5).tpot_s == inf

@@ -16,7 +16,7 @@ from tetri import terminal
 from tetri.cli import FAILED, OK
 from tetri.cli.options import COUNT, Overrides, deployment_options, examples, json_option
 from tetri.cli.sim import LINKS, link_bytes_s
-from tetri.cli.units import NOTHING, number, seconds
+from tetri.cli.units import NOTHING, seconds
 from tetri.paths import FILE
 
 if TYPE_CHECKING:
@@ -238,5 +238,5 @@ def _rows(role: str, answer: Answer, goal: Goal) -> Iterator[str]:
 
 def _row(name: str, pool: Served, why: str) -> str:
     ttft, tpot = (NOTHING if value in (None, inf) else seconds(value) for value in (pool.ttft_s, pool.tpot_s))
-    memory = NOTHING if pool.memory is None else f"{pool.memory:.0%}"
-    return _ROW.format(name, pool.instances, f"{pool.busy:.0%}", ttft, tpot, number(pool.batch), memory, why)
+    batch, memory = (NOTHING, NOTHING) if pool.batch is None else (f"{pool.batch:.1f}", f"{pool.memory:.0%}")
+    return _ROW.format(name, pool.instances, f"{pool.busy:.0%}", ttft, tpot, batch, memory, why)

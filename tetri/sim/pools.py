@@ -241,6 +241,8 @@ class Demand:
 
     def coupled(self, instances: int) -> Served:
         """Do both on each instance, as vLLM does."""
+        if max(self.prefill_load, self._decoding(self._full[0])) >= instances:
+            return Served(instances, inf, inf)
         limits = CoupledLimits(self.capacity.max_batch, self.capacity.chunk_tokens, self.kv_tokens)
         replicas, rate = self._scaled(instances, POOL)
         arrivals = self.arrivals(rate, self._requests(replicas))
