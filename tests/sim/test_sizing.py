@@ -21,7 +21,7 @@ SETUP = Setup(TABLE, kv_tokens=16_000, chunk_tokens=100, max_batch=50)
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(pools, "REQUESTS", 1500)
+    monkeypatch.setattr(pools, "REQUESTS", 1000)
 
 
 def demand(goal, setup, prompt="200", output="11", seed=0):
@@ -38,7 +38,7 @@ def demand(goal, setup, prompt="200", output="11", seed=0):
 )
 def test_the_live_cores_reach_the_goal_and_with_one_instance_fewer_they_do_not(setup, goal, prompt, output):
     found = size(demand(goal, setup, prompt, output))
-    made = checked(demand(goal, setup, prompt, output, seed=1), found, requests=500)
+    made = checked(demand(goal, setup, prompt, output, seed=1), found, requests=400)
     counts = found.prefill.enough.instances, found.decode.enough.instances
     assert (made[0].prefill, made[0].decode) == counts and len(made) == 3
     assert [each.reached for each in made] == [each.expected for each in made] == [True, False, False]

@@ -276,9 +276,10 @@ class Demand:
 
 
 def sampled(prompt: TokenCounts, output: TokenCounts, seed: int) -> Lengths:
-    """A sample of requests with these distributions of lengths."""
-    rng = Random(f"lengths {seed}")
-    return [(prompt.draw(rng), output.draw(rng)) for _ in range(SAMPLE)]
+    """A sample of requests with these distributions of lengths, each by itself."""
+    outputs = output.spread(SAMPLE)
+    Random(f"lengths {seed}").shuffle(outputs)
+    return list(zip(prompt.spread(SAMPLE), outputs, strict=True))
 
 
 def least_queued(engines: Sequence[Replica], request: Arrival) -> int:
