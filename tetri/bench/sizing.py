@@ -56,7 +56,7 @@ CASES = (
     Case("cpu-smollm2", 4, "500", "100", 1.0, 0.06, max_batch=32),
     Case("cpu-smollm2", 2, "1000", "200", 2.0, 0.1, max_batch=32),
     Case("cpu-smollm2", 10, "300", "30-300", 1.5, 0.055, max_batch=32),
-    Case("cpu-smollm2", 6, "lognormal:400:0.7", "lognormal:80:0.6", 2.5, 0.065, max_batch=32),
+    Case("cpu-smollm2", 6, "lognormal:400:0.7", "lognormal:80:0.6", 2.0, 0.065, max_batch=32),
 )
 
 
