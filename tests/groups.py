@@ -16,7 +16,7 @@ LONGEST = (
     *("float32", "tests/engine/vllm/test_bfloat16.py", "live", "tests/engine/vllm/test_scheduler.py"),
     *("tests/engine/vllm/test_predictor.py", "tests/engine/vllm/test_tight.py"),
     *("tests/proc/test_launch.py", "tests/sim/test_faulty.py", "tests/bench/test_chaos.py"),
-    *("tests/kv/nixl/test_mover.py", "tests/proc/test_live_faults.py"),
+    *("tests/kv/nixl/test_mover.py", "tests/proc/test_live_faults.py", "tests/test_docs_commands.py"),
     *("tests/bench/test_parity.py", "tests/proc/test_live_predictor.py", "tests/proc/test_live_policies.py"),
 )
 

@@ -58,7 +58,7 @@ def test_every_metric_is_shown():
     assert names == ELSEWHERE
 
 
-def test_panels_have_units_words_and_a_place_of_their_own():
+def test_panels_have_units_words_and_a_place_and_queries_names_of_their_own():
     taken = set()
     for panel in BOARD["panels"]:
         place = panel["gridPos"]
@@ -66,6 +66,8 @@ def test_panels_have_units_words_and_a_place_of_their_own():
         assert not taken & cells and place["x"] + place["w"] <= dashboard.WIDTH, panel["title"]
         taken |= cells
     assert len({panel["id"] for panel in BOARD["panels"]}) == len(BOARD["panels"])
+    for panel in PANELS:
+        assert [target["refId"] for target in panel["targets"]] == [*"ABC"[: len(panel["targets"])]]
     assert all(panel["description"] and panel["fieldConfig"]["defaults"]["unit"] in UNITS for panel in PANELS)
 
 

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import threading
+import time
 
 import pytest
 
@@ -48,3 +50,40 @@ def show(chromium):
     for context in contexts:
         context.close()
     assert [text for text in errors if not any(part in text for part in expected)] == []
+
+
+class Lateness(threading.Thread):
+    """How late a timer of this machine was at most, in seconds: it stands still now and then, and so does all on it."""
+
+    PAUSE_S = 0.01
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most_s, self.ended = 0.0, threading.Event()
+
+    def run(self):
+        while True:
+            began = time.monotonic()
+            if self.ended.wait(self.PAUSE_S):
+                return
+            self.most_s = max(self.most_s, time.monotonic() - began - self.PAUSE_S)
+
+
+@pytest.fixture
+def soon():
+    """Waits for parts of a page, which must be there within 2 s, and twice the time for which the machine stood still:
+    soon(begin, *parts), where begin() is what makes them appear."""
+    late = Lateness()
+    late.start()
+
+    def waited(begin, *parts):
+        late.most_s = 0.0
+        began = time.monotonic()
+        begin()
+        for part in parts:
+            part.wait_for(timeout=20_000)
+        assert time.monotonic() - began < 2.0 + 2 * late.most_s
+
+    yield waited
+    late.ended.set()
+    late.join()

@@ -5,10 +5,9 @@ from urllib.request import urlopen
 
 import pytest
 from feed import World
-from live import LiveCluster, wait_until
+from live import LiveCluster
 
 pytestmark = pytest.mark.browser
-APPEARS_MS = 2000
 PATIENCE_MS = 20_000
 
 
@@ -24,7 +23,7 @@ def first_message(url):
         return json.loads(next(line for line in stream if line.startswith(b"data:"))[5:])
 
 
-def test_requests_a_role_change_and_a_killed_worker_of_a_real_deployment(show):
+def test_requests_a_role_change_and_a_killed_worker_of_a_real_deployment(show, soon):
     with LiveCluster(overrides=["cluster.patience_s=1"]) as cluster:
         url = cluster.start_gateway().removesuffix("/v1")
         client = cluster.client()
@@ -38,13 +37,10 @@ def test_requests_a_role_change_and_a_killed_worker_of_a_real_deployment(show):
         assert {"stages", "chunks", "out", "in", "steps", "events"} <= lanes
         page.keyboard.press("Escape")
 
-        cluster.operator().flip("p1", "decode")
-        page.locator("#bank-decode #card-p1").wait_for(timeout=APPEARS_MS)
-        page.locator("#events li").filter(has_text="p1 role").wait_for(timeout=APPEARS_MS)
-        cluster.kill("d0")
-        wait_until(lambda: cluster.instances()["d0"]["state"] == "lost", "the broker does not miss it")
-        page.locator("#card-d0[data-state=lost]").wait_for(timeout=APPEARS_MS)
-        page.locator("#events li").filter(has_text="d0 lost").wait_for(timeout=APPEARS_MS)
+        event, operator = page.locator("#events li"), cluster.operator()
+        turned = page.locator("#bank-decode #card-p1"), event.filter(has_text="p1 role")
+        soon(lambda: operator.flip("p1", "decode"), *turned)
+        soon(lambda: cluster.kill("d0"), page.locator("#card-d0[data-state=lost]"), event.filter(has_text="d0 lost"))
         page.close()
 
         made_up = World(4, rate=4)

@@ -7,15 +7,14 @@ import pytest
 from feed import PAGE, serving
 
 pytestmark = pytest.mark.browser
-APPEARS_MS = 2000
 PATIENCE_MS = 20_000
 
 AT_REQUEST = "document.activeElement.classList.contains('rid')"
-# Of each card: texts that are cut off, and pairs of texts that overlap.
-CLASHES = """() => [...document.querySelectorAll('.card')].flatMap((card) => {
-  const edge = card.getBoundingClientRect().right - 1;
+# Of each card and caption: texts that are cut off, and pairs of texts that overlap. (Notes may be: a dialog has them.)
+CLASHES = """() => [...document.querySelectorAll('.card, figcaption')].flatMap((card) => {
+  const edge = card.getBoundingClientRect().right + (card.matches('.card') ? -1 : 1);
   const shown = [...card.querySelectorAll('b, span')].filter((it) => !it.children.length && it.textContent.trim()
-    && getComputedStyle(it).clipPath === 'none' && it.checkVisibility());
+    && getComputedStyle(it).clipPath === 'none' && it.checkVisibility() && it.dataset.noted !== 'true');
   const boxes = shown.map((it) => [it.textContent, it.getBoundingClientRect()]);
   const meet = (a, b) => a.left < b.right - 1 && b.left < a.right - 1 && a.top < b.bottom - 3 && b.top < a.bottom - 3;
   const pairs = boxes.flatMap((one, i) => boxes.slice(i + 1).filter((two) => meet(one[1], two[1]))
@@ -26,6 +25,7 @@ PLACES = """() => JSON.stringify([...document.querySelectorAll('.card, .panel, .
   const { x, y, width, height } = it.getBoundingClientRect();
   return [x, y, width, height];
 }))"""
+SIDEWAYS = "document.documentElement.scrollWidth > innerWidth"
 COUNT_FRAMES = """window.frames_asked = 0;
 const ask = requestAnimationFrame.bind(window);
 window.requestAnimationFrame = (call) => { window.frames_asked++; return ask(call); };"""
@@ -83,18 +83,18 @@ def test_what_a_card_says(show):
             text.filter(has_text=fact).wait_for(timeout=PATIENCE_MS)
 
 
-def test_a_role_change_and_a_killed_worker_appear_within_two_seconds(show):
+@pytest.mark.parametrize("width", [360, 1440])
+def test_a_role_change_and_a_killed_worker_appear_within_two_seconds(show, soon, width):
     with serving(4) as feed:
-        page = show(feed.url)
+        page = show(feed.url, width)
         shown(page, 4)
-        feed.flip("p1", "decode")
-        page.locator("#bank-decode #card-p1").wait_for(timeout=APPEARS_MS)
+        event, lost = page.locator("#events li"), page.locator("#card-d0[data-state=lost]")
+        turned = page.locator("#bank-decode #card-p1"), event.filter(has_text="p1 role")
+        soon(lambda: feed.flip("p1", "decode"), *turned)
         assert bank(page, "prefill") == ["p0"]
-        page.locator("#events li").filter(has_text="p1 role").wait_for(timeout=APPEARS_MS)
-        feed.kill("d0")
-        page.locator("#card-d0[data-state=lost]").filter(has_text="lost").wait_for(timeout=APPEARS_MS)
-        page.locator("#events li").filter(has_text="d0 lost").wait_for(timeout=APPEARS_MS)
+        soon(lambda: feed.kill("d0"), lost.filter(has_text="lost"), event.filter(has_text="d0 lost"))
         page.locator("#said").filter(has_text="d0 lost").wait_for(timeout=PATIENCE_MS, state="attached")
+        assert page.evaluate(SIDEWAYS) is False
 
 
 def test_a_waterfall_opens_by_keyboard_alone(show, busy):
@@ -149,8 +149,9 @@ def test_a_further_choice_is_asked_for_by_its_number(show, busy):
         page.keyboard.press("Enter")
 
 
-def test_an_instance_shows_its_load_over_time(show, busy):
-    page = show(busy.url)
+@pytest.mark.parametrize("width", [360, 1440])
+def test_an_instance_shows_its_load_over_time(show, busy, width):
+    page = show(busy.url, width)
     page.locator("#card-d0").focus(timeout=PATIENCE_MS)
     page.keyboard.press("Enter")
     page.locator("#detail figure").nth(3).wait_for(timeout=PATIENCE_MS)
@@ -158,6 +159,7 @@ def test_an_instance_shows_its_load_over_time(show, busy):
     assert [label.partition(":")[0].strip() for label in labels] == [
         *("Requests", "KV memory in use", "Busy and chunk fill", "Batch"),
     ]
+    assert page.evaluate(CLASHES) == []
     page.locator("#detail summary").click()
     assert page.locator("#detail tbody tr").count() > 0
     page.keyboard.press("Escape")
@@ -168,6 +170,9 @@ def test_it_asks_for_the_key_keeps_it_in_the_tab_and_says_when_it_is_wrong(show)
     with serving(4, key="right") as feed:
         page = show(feed.url)
         page.expected.append("401")
+        page.locator("#key").fill("€", timeout=PATIENCE_MS)  # no header can hold it
+        page.keyboard.press("Enter")
+        assert page.locator("#key:invalid").is_visible()
         for key in ("wrong", "right"):
             page.locator("#key").fill(key, timeout=PATIENCE_MS)
             assert page.locator(".card").count() == 0
@@ -180,6 +185,17 @@ def test_it_asks_for_the_key_keeps_it_in_the_tab_and_says_when_it_is_wrong(show)
         shown(page, 4)
         assert page.evaluate("Object.values(localStorage).length + document.cookie.length") == 0
         assert "right" not in page.url
+
+
+def test_requests_of_a_broker_that_is_gone_are_forgotten(show):
+    with serving(4, rate=5, seconds=5) as feed:
+        page = show(feed.url)
+        page.locator("#requests [data-stage=decode]").first.wait_for(timeout=PATIENCE_MS)
+        with feed.lock:
+            feed.world.rate, feed.world.epoch = 0, 2
+            feed.world.open.clear()
+        page.locator("#requests [data-stage=decode]").first.wait_for(timeout=PATIENCE_MS, state="detached")
+        assert page.locator("#requests [data-stage=done]").count() > 0
 
 
 def test_it_connects_again_by_itself_and_says_so(show):
@@ -219,6 +235,7 @@ def test_notes_are_a_banner_and_what_the_server_says_stays_text(show):
         page = show(feed.url)
         page.locator("#notes li").filter(has_text=bad).wait_for(timeout=PATIENCE_MS)
         page.locator(".card").filter(has_text=bad).wait_for(timeout=PATIENCE_MS)
+        assert page.evaluate(CLASHES) == []  # a name may be as long as this
         page.locator(".rid").filter(has_text=bad).wait_for(timeout=PATIENCE_MS)
         page.locator(".rid").filter(has_text=bad).click()
         page.locator("#detail .waterfall").wait_for(timeout=PATIENCE_MS)
@@ -240,7 +257,7 @@ def test_nothing_overlaps_or_is_cut_off_jumps_or_scrolls_sideways(show, number, 
             page.wait_for_timeout(300)
             assert page.evaluate(CLASHES) == []
             assert page.evaluate(PLACES) == places
-        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        assert page.evaluate(SIDEWAYS) is False
 
 
 @pytest.mark.parametrize("scheme", ["dark", "light"])

@@ -6,8 +6,10 @@ for the interval of rates. One gateway is chosen, since each has the metrics of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
+from string import ascii_uppercase
 from typing import NamedTuple
 
 import click
@@ -180,8 +182,8 @@ def graph(panel: Panel, number: int, width: int) -> timeseries.Panel:
     tooltip = common.VizTooltipOptions().mode(shapes.TooltipDisplayMode.MULTI).sort(shapes.SortOrder.DESCENDING)
     legend = common.VizLegendOptions().show_legend(True).placement(shapes.LegendPlacement.BOTTOM)
     made = made.tooltip(tooltip).legend(legend.display_mode(shapes.LegendDisplayMode.LIST).calcs([]))
-    for legend_format, text in panel.lines.items():
-        made = made.with_target(query(text, legend_format))
+    for target in queries(panel):
+        made = made.with_target(target)
     return made
 
 
@@ -190,14 +192,16 @@ def single(panel: Panel, number: int, width: int) -> stat.Panel:
     made = stat.Panel().title(panel.title).description(panel.about).id(number).datasource(SOURCE).unit(panel.unit)
     made = made.height(STAT_HEIGHT).span(width).graph_mode(shapes.BigValueGraphMode.AREA)
     made = made.reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
-    for legend_format, text in panel.lines.items():
-        made = made.with_target(query(text, legend_format))
+    for target in queries(panel):
+        made = made.with_target(target)
     return made
 
 
-def query(text: str, legend_format: str) -> prometheus.Dataquery:
-    """What Prometheus is asked for one line, or for several that differ in labels."""
-    return prometheus.Dataquery().expr(expression(text)).legend_format(legend_format).range().datasource(SOURCE)
+def queries(panel: Panel) -> Iterator[prometheus.Dataquery]:
+    """What Prometheus is asked: a query for each line, or for several that differ in labels."""
+    for ref_id, (legend, text) in zip(ascii_uppercase, panel.lines.items(), strict=False):
+        asked = prometheus.Dataquery().expr(expression(text)).legend_format(legend).ref_id(ref_id)
+        yield asked.range().datasource(SOURCE)
 
 
 def variables() -> list[dashboard.QueryVariable]:

@@ -163,17 +163,24 @@ class PolicyConfig:
     decode_route: str = choice(_RULES.decode_route, *TABLES["decode_route"])  # which decode instance
     order: str = choice(_RULES.order, *TABLES["order"])  # in which order prompts are computed
     sched_batch: int = number(_RULES.sched_batch, 1, 1 << 20)  # prompts that are ordered together
-    stretch: float = number(_RULES.stretch, 0, 1e6)  # of `ageing`: seconds of waiting that equal one second of work
+    stretch: float = number(_RULES.stretch, 0, 1e6)  # of `ageing`: seconds of waiting that outweigh one second of work
     chunk: str = choice(_RULES.chunk, *TABLES["chunk"])  # how prompts are cut
     admit: str = choice(_RULES.admit, *TABLES["admit"])  # which requests enter the running batch
     length: str = choice(_RULES.length, *TABLES["length"])  # what is predicted of the output
-    length_granularity: int = number(_RULES.length_granularity, 1, 1 << 20)  # tokens of one bucket
+    length_granularity: int = number(_RULES.length_granularity, 1, 1 << 20)  # tokens of one predicted range
     length_accuracy: float = number(_RULES.length_accuracy, 0, 1)  # of `noisy`: share of right ranges
-    length_cover: float = number(_RULES.length_cover, 0, 0.999)  # of `trained`: share inside; 0: the likeliest bucket
-    length_wait_s: float = number(_RULES.length_wait_s, 0, 3600)  # most wait of a started prompt for its prediction
-    heavy_tokens: int = number(_RULES.heavy_tokens, 1, 1 << 30)  # a decode with more predicted output is heavy
-    dispatch_end: str = choice(_RULES.dispatch_end, *ENDS)  # the end of the length range that the dispatcher uses
-    admit_end: str = choice(_RULES.admit_end, *ENDS)  # the end of the length range that admission uses
+    # Of `trained`: target share of requests that end below the high end of their range; 0: the range is the likeliest
+    # one of length_granularity tokens, as in the paper.
+    length_cover: float = number(_RULES.length_cover, 0, 0.999)
+    # Longest wait of a started prompt for its predicted length, at most until its last chunk; then it is offered
+    # without one.
+    length_wait_s: float = number(_RULES.length_wait_s, 0, 3600)
+    heavy_tokens: int = number(_RULES.heavy_tokens, 1, 1 << 30)  # a decode whose range has a higher middle is heavy
+    # The end of the length range that the dispatcher uses, so that its requests fit.
+    dispatch_end: str = choice(_RULES.dispatch_end, *ENDS)
+    # The end that admission uses; the paper: low. With `high`, `peak` preempts hardly any request, and reserve_dynamic
+    # is no worse.
+    admit_end: str = choice(_RULES.admit_end, *ENDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Activity(Record, frozen=True):
     events_left_out: Count = 0
 
 
-class EngineStep(Struct, frozen=True, array_like=True, forbid_unknown_fields=True, gc=False):
+class EngineStep(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fields=True):
     """One engine step, or several that ran in one go. `at`: its end, in seconds of the worker's own clock. `batch`:
     output tokens that one pass wrote for decode requests; `chunk_tokens`: prompt tokens computed beside them. `passes`:
     forward passes."""

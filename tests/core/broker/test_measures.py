@@ -39,7 +39,6 @@ def test_an_ended_choice_is_in_each_histogram_that_it_has_a_value_for():
     measures = meters.measures()
     found = {name: (sum(each.counts), each.total) for name, each in measures.histograms.items() if any(each.counts)}
     assert found == {
-        "ttft": (1, 0.75),
         "tpot": (1, 0.4),
         "jct": (2, 3.5),
         "stage_queued": (2, 1.5),
@@ -64,3 +63,11 @@ def test_measures_do_not_change_once_they_are_taken():
     meters.count("retries", "not_held")
     meters.histograms["itl"].add(0.1)
     assert before == Meters().measures()
+
+
+def test_every_label_is_counted_from_the_start():
+    counts = Meters().measures().counts
+    assert counts["role_changes"].keys() == {
+        "prefill>decode", "prefill>mixed", "decode>prefill", "decode>mixed", "mixed>prefill", "mixed>decode",
+    }  # fmt: skip
+    assert all(labels and not any(labels.values()) for labels in counts.values())

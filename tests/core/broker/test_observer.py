@@ -55,6 +55,15 @@ def served():
 # ---------------------------------------------------------------- measures
 
 
+def test_the_time_to_the_first_token_is_measured_when_that_comes():
+    told = serving("p1", "d1", limits={"dead_s": 60.0})
+    told.tell(submit())
+    at(told, 1.0, staged("p1", RID, Stage.PREFILL))
+    assert "ttft" not in measured(told)
+    at(told, 2.0, tokens("p1", RID, 0, 7))
+    assert measured(told)["ttft"] == (1, 2.0)
+
+
 def test_each_choice_is_measured(served):
     assert measured(served) == {
         "ttft": (1, 2.0),

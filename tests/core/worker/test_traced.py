@@ -133,6 +133,18 @@ def test_a_prompt_that_loses_its_memory_is_computed_again():
     assert told.heartbeat().activity.preempted == 0  # no decode request was
 
 
+def test_a_prompt_that_gives_its_memory_to_a_decode_request_says_so():
+    small = {"capacity": capacity(blocks=12, context=48), "slots": 6, "reserve_share": 1.0, "heartbeat_s": 1000.0}
+    told = working("m1", "d1", **small)
+    told.tell(assign("a", prompt=32, max_tokens=4))
+    step(told)
+    told.answer("a", refuse)
+    told.later()
+    told.tell(offer("x", prompt=32, src="d9"))
+    note = "its memory was given to a request that decodes here"
+    assert traced(told, "preempted") == [TraceEvent("preempted", "a", 1, at=1.0, note=note)]
+
+
 # ---------------------------------------------------------------- KV receive
 
 

@@ -26,9 +26,9 @@ class Broker:
         await self.answers.wait()
         if self.error is not None:
             raise self.error
-        ended = {"rid": "r", "age_s": 0.0, "ttft_s": 1.25, "tpot_s": None}  # one more each time
-        ttft = histogram(0, len(self.asked), 0, 0, total=1.25 * len(self.asked))
-        happened = {"histograms": {"ttft": ttft}, "happened": {"ended": [ended]}}
+        ended = {"rid": "r", "age_s": 0.0, "ttft_s": None, "tpot_s": 1.25}  # one more each time
+        tpot = histogram(0, len(self.asked), 0, 0, total=1.25 * len(self.asked))
+        happened = {"histograms": {"tpot": tpot}, "happened": {"ended": [ended]}}
         return observation(worker("p0"), epoch=self.epoch, serial=len(self.asked), **happened)
 
 
@@ -94,7 +94,7 @@ def test_a_point_knows_all_that_ended_since_the_one_before():
         with found.watching():  # so that there are several answers in one point
             while not (found.history.points and len(broker.asked) > 5):
                 await asyncio.sleep(0.005)
-        assert {point.ttft for point in found.history.points} == {(1.25, 1.25)}
+        assert {point.tpot for point in found.history.points} == {(1.25, 1.25)}
 
     run(talk)
 

@@ -15,7 +15,7 @@ import multiprocessing
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -39,13 +39,11 @@ SETTINGS = ["cluster.dead_s=120"]
 
 
 class Phase(NamedTuple):
-    """`latencies_s` of all tokens, `cpu_s` of the relaying process, and `events` that carried tokens. `shares`: of each
-    process, its processor time over the time that has passed."""
+    """`latencies_s` of all tokens, `cpu_s` of the relaying process, and `events` that carried tokens."""
 
     latencies_s: list[float]
     cpu_s: float
     events: int
-    shares: Mapping[str, float] = {}
 
     @property
     def per_cpu_s(self) -> float:
@@ -59,16 +57,29 @@ class Relay:
     def __init__(self, config: Config, pids: dict[str, int], orders: Connection, url: str) -> None:
         self.config, self.pids, self.orders, self.url = config, pids, orders, url
 
-    def phase(self, http: bool, streams: int, steps: int, step_s: float) -> Phase:
-        """Let clients read streams. Raises BenchError unless all tokens arrive."""
+    def phase(
+        self, http: bool, streams: int, steps: int, step_s: float, first: Callable[[], None] = lambda: None
+    ) -> Phase:
+        """Let clients read streams; `first` is called with the first token. Raises BenchError unless all tokens
+        arrive."""
         self.orders.send((streams, steps, step_s))
-        begun: dict[str, float] = {}
+        pid, begun = self.pids["gateway" if http else "broker"], list[float]()
         address, read = (self.url, over_http) if http else (self.config.clients_address, over_zmq)
-        found = read(address, streams, steps, lambda: begun.update(self._clocks()))
+
+        def begin() -> None:
+            begun.append(cpu_s(pid))
+            first()
+
+        found = read(address, streams, steps, begin)
+        used = cpu_s(pid) - begun[0]
+        return measured(found, _answer(self.orders), streams, used)
+
+    def shares(self, seconds: float) -> dict[str, float]:
+        """The processor time of each process in the next seconds, over the time that passes."""
+        begun = self._clocks()
+        time.sleep(seconds)
         used = {name: at - begun[name] for name, at in self._clocks().items()}
-        sent = _answer(self.orders)
-        shares = {name: used[name] / used["passed"] for name in self.pids}
-        return measured(found, sent, streams, used["gateway" if http else "broker"])._replace(shares=shares)
+        return {name: used[name] / used["passed"] for name in self.pids}
 
     def _clocks(self) -> dict[str, float]:
         return {"passed": time.monotonic(), **{name: cpu_s(pid) for name, pid in self.pids.items()}}

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
-from tetri.request import Receipt, Stage
+from tetri.request import ROLES, Receipt, Stage
 from tetri.wire.clients import Done
 from tetri.wire.observation import Histogram, Measures
 
@@ -40,7 +40,7 @@ LABELS = {
     "requests_ended": ("stop", "length", "cancelled", "deadline", "error"),
     "requests_refused": ("invalid", "too_long", "too_many_choices", "full", "repeated_key"),
     "retries": ("worker_lost", "worker_restarted", "not_held", "kv_lost", "kv_unread", "given_up"),
-    "role_changes": (),
+    "role_changes": tuple(f"{was}>{role}" for was in ROLES for role in ROLES if was != role),
     "tokens": ("prompt", "output", "adopted", "recomputed", "continued"),
 }
 
@@ -72,11 +72,11 @@ class Meters:
         self.counts[name][label] += times
 
     def ended(self, done: Done, tpot_s: float | None) -> None:
-        """Measure a choice that has ended."""
+        """Measure a choice that has ended. Its TTFT was measured when its first token came."""
         histograms, usage = self.histograms, done.usage
         self.count("requests_ended", done.reason)
         self._count_tokens(done.receipt, usage.prompt_tokens, usage.completion_tokens)
-        for name, seconds in (("ttft", done.ttft_s), ("tpot", tpot_s), ("jct", done.jct_s)):
+        for name, seconds in (("tpot", tpot_s), ("jct", done.jct_s)):
             if seconds is not None:
                 histograms[name].add(seconds)
         for stage, seconds in done.timeline.items():

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from tetri.core.broker.history import History
-from tetri.core.broker.measures import Buckets, Meters
+from tetri.core.broker.measures import Meters
 from tetri.core.broker.membership import Member
 from tetri.core.broker.requests import MOST_STEPS, Choice, Request
 from tetri.core.broker.timelines import Timelines
@@ -61,7 +61,7 @@ class Observer:
         """The tokens of an engine step have come. Call `wrote` for each choice, then `close`."""
         step = event.step
         offset = 0.0 if step is None else member.clock.seen(step.at, now)
-        return StepTokens(self.meters.histograms["itl"], now, event.iid, step, offset)
+        return StepTokens(self.meters, now, event.iid, step, offset)
 
     def traced(self, event: Heartbeat, member: Member, choices: Mapping[str, Choice], now: float) -> None:
         """A worker has traced what has happened to choices."""
@@ -112,11 +112,12 @@ class StepTokens:
     """The output tokens of one engine step, as they reach the broker. What most choices have in common is made once:
     the bytes of the step, and the time since the token before. Runs for every token of every request."""
 
-    __slots__ = ("_iid", "_itl", "_now", "_offset", "_packed", "_since", "_step", "_times")
+    __slots__ = ("_iid", "_itl", "_now", "_offset", "_packed", "_since", "_step", "_times", "_ttft")
 
-    def __init__(self, itl: Buckets, now: float, iid: str, step: EngineStep | None, offset: float) -> None:
+    def __init__(self, meters: Meters, now: float, iid: str, step: EngineStep | None, offset: float) -> None:
         """`offset`: by which the broker's clock is ahead of that of the step."""
-        self._itl, self._now, self._iid, self._step, self._offset = itl, now, iid, step, offset
+        self._itl, self._ttft = meters.histograms["itl"], meters.histograms["ttft"]
+        self._now, self._iid, self._step, self._offset = now, iid, step, offset
         self._since, self._times = now, 0  # of the last tokens, and how many there were in a row
         self._packed = None if step is None else self._pack(step, 1)
 
@@ -136,6 +137,7 @@ class StepTokens:
             self._times += 1
         elif since is None:
             choice.first_at = now
+            self._ttft.add(now - choice.request.arrival)
         else:
             self.close()
             if tokens == 1:

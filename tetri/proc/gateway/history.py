@@ -131,8 +131,8 @@ def _point(
     def new(name: str) -> Histogram | None:
         return added(before["histograms"].get(name), after["histograms"].get(name))
 
-    def percentiles(found: Histogram | None, name: str) -> tuple[float, float] | None:
-        values = [each[name] for each in ended if each[name] is not None]
+    def tpots(found: Histogram | None) -> tuple[float, float] | None:
+        values = [each["tpot_s"] for each in ended if each["tpot_s"] is not None]
         if found is not None and found.count == len(values):  # all are known, so that no bucket blurs them
             half, most = (percentile(values, share) for share in SHARES)
             return half, most
@@ -143,8 +143,8 @@ def _point(
     tokens = decoded + (ttft.count if ttft else 0)  # prefill instances write the first ones
     return Point(
         at=at,
-        ttft=percentiles(ttft, "ttft_s"),
-        tpot=percentiles(tpot, "tpot_s"),
+        ttft=ttft.percentiles() if ttft else None,
+        tpot=tpots(tpot),
         tokens_s=tokens / seconds,
         requests_s=(counts[1] - counts[0]) / seconds,
         queue=(predicted.mean(), queued.mean()) if predicted and queued else None,

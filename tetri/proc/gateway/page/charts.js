@@ -17,13 +17,10 @@ export function spanOf(points, now) {
   return SPANS.find((span) => age <= span) ?? SPANS.at(-1);
 }
 
-function sized(canvas) { // a pen whose unit is one pixel of the page
-  const { clientWidth: width, clientHeight: height } = canvas, scale = Math.min(devicePixelRatio, 2);
-  const w = Math.round(width * scale), h = Math.round(height * scale);
-  if (canvas.width !== w || canvas.height !== h) Object.assign(canvas, { width: w, height: h });
-  const pen = canvas.getContext("2d");
-  pen.setTransform(scale, 0, 0, scale, 0, 0);
-  pen.clearRect(0, 0, width, height);
+export function sized(canvas) { // emptied, with a pen whose unit is one pixel of the page
+  const { clientWidth: width, clientHeight: height } = canvas, scale = Math.min(devicePixelRatio, 2), pen = canvas.getContext("2d");
+  Object.assign(canvas, { width: width * scale, height: height * scale });
+  pen.scale(scale, scale);
   pen.font = `11px ${getComputedStyle(canvas).fontFamily}`;
   return { pen, width, height };
 }

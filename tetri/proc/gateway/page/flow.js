@@ -1,6 +1,7 @@
 // Requests on their way between the banks: dots behind the cards, and a faint line for each hand-over of late.
 
 import { cardOf } from "./banks.js";
+import { sized } from "./charts.js";
 import { ENDS, colour, find } from "./dom.js";
 
 const MOST = 300; // dots at once; the numbers beside them count all
@@ -20,11 +21,7 @@ export function forget() {
 }
 
 export function resize() {
-  const { clientWidth: width, clientHeight: height } = canvas.parentElement;
-  const scale = Math.min(devicePixelRatio, 2);
-  canvas.width = width * scale;
-  canvas.height = height * scale;
-  pen.setTransform(scale, 0, 0, scale, 0, 0);
+  sized(canvas);
   for (const name of ["prefill", "decode", "mixed", "bad", "ink", "dim"]) colours[name] = colour(name);
   wake();
 }

@@ -38,6 +38,7 @@ function link(is, text) {
 // ---- parts of a message
 
 function showNotes(notes) {
+  if (notes.length && find("notes").hidden) say(notes[0]);
   find("notes").hidden = notes.length === 0;
   fit(find("notes"), notes.length, () => make("li")).forEach((item, i) => write(item, notes[i]));
 }
@@ -80,10 +81,12 @@ function begin(data) { // the first message of a connection has all
 
 function receive(data) {
   if (state.first) begin(data);
-  else if (data.missed) requests.forgetOpen();
+  else if (data.missed || data.epoch !== state.epoch) { // who is still open is not known
+    requests.forgetOpen();
+    flow.forget();
+  }
   const { first } = state;
-  state.now = data.now;
-  state.instances = data.instances;
+  Object.assign(state, { now: data.now, epoch: data.epoch, instances: data.instances });
   if (data.point && state.points.at(-1)?.at !== data.point.at) state.points.push(data.point);
   state.points.splice(0, state.points.length - KEPT_POINTS);
   keepEvents(data.events, data.now);
@@ -96,10 +99,9 @@ function receive(data) {
   flow.showMoves(data.moves, first);
   link("live", data.monitor ? "live" : "live, no view of the monitor yet");
   state.first = false;
-  if (first || data.events.length) showEvents();
+  if (first || data.point || data.events.length) showEvents();
   if (first || data.point) {
     drawAll();
-    showEvents();
     requests.show();
   }
 }

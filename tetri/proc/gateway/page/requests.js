@@ -21,13 +21,13 @@ export function forget() {
   ended = [];
 }
 
-export const forgetOpen = () => open.clear(); // some moves were missed: who is still open is not known
+export const forgetOpen = () => open.clear();
 
 export function note({ moves, ended: ends }) {
-  for (const [rid, stage, iid, , attempt, outputs] of moves) {
+  for (const [rid, stage, iid, , attempt] of moves) {
     const places = new Set([...(open.get(rid)?.places ?? []), ...(iid ? [iid] : [])]);
     open.delete(rid);
-    if (!ENDS.includes(stage)) open.set(rid, { rid, stage, attempts: attempt, outputs, places });
+    if (!ENDS.includes(stage)) open.set(rid, { rid, stage, attempts: attempt, places });
   }
   for (const it of ends) {
     open.delete(it.rid);

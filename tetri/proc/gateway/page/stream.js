@@ -1,4 +1,4 @@
-// The live stream: reads /live, connects again by itself, and asks for the API key when the server does.
+// Reads /live, connects again by itself, and asks for the API key when the server does.
 
 const SILENT_MS = 5000; // the server writes at least once a second
 const LONGEST_MS = 5000; // between two tries
