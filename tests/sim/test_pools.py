@@ -12,7 +12,7 @@ from tetri.metrics import percentile
 from tetri.policy.coupled import CoupledLimits
 from tetri.sim import pools
 from tetri.sim.coupled import Replica
-from tetri.sim.pools import Demand, Goal, Served, counted, least_queued, power_of_two, sampled
+from tetri.sim.pools import Demand, Goal, Served, below, counted, least_queued, power_of_two, sampled, settled
 from tetri.sim.setup import Setup
 from tetri.sim.traces import Arrival, TokenCounts
 from tetri.sim.world import World
@@ -140,9 +140,34 @@ def test_outputs_go_to_the_emptier_of_two_or_where_memory_is():
     for _ in range(2):
         engines[1].add(pools.coupled.CoupledRequest(0.0, 50, 5))
     assert route(engines, Arrival(0.0, 50, 5)) == 0
-    engines[0].add(pools.coupled.CoupledRequest(0.0, 940, 5))
-    assert route(engines, Arrival(0.0, 50, 5)) == 1
+    engines[0].add(pools.coupled.CoupledRequest(0.0, 900, 5))
+    assert [engine.spare for engine in engines] == [1000 - 55 - 905, 1000 - 2 * 55]
+    assert route(engines, Arrival(0.0, 50, 5)) == 1  # the first has no memory for it
+    assert route(engines, Arrival(0.0, 950, 5)) == 1  # nor has the second, but it has more
     assert route(engines[:1], Arrival(0.0, 50, 5)) == 0
+
+
+def test_by_how_many_standard_errors_a_percentile_is_below_a_limit():
+    wave = [1.0, 2.0, 3.0, 4.0] * 8  # eight equal parts
+    assert below(wave, 0.5, 3.0) > 1e6 and below(wave, 0.5, 2.0) < -1e6
+    rise = [float(part) for part in range(8) for _ in range(4)]  # medians 0 to 7: the standard error is 0.866
+    assert below(rise, 0.5, 3.5) == 0.0
+    assert below(rise, 0.5, 6.0) == pytest.approx(2.5 / 0.866, rel=0.001) == -below(rise, 0.5, 1.0)
+    assert below([1.0] * 7, 0.5, 9.0) == 0.0  # too few to tell
+
+
+def test_a_verdict_is_sure_if_one_limit_is_missed_or_both_are_kept_for_sure():
+    noisy, low, high = [float(part) for part in range(8)], [1.0] * 8, [20.0] * 8
+    sure = demand(Goal(1.0, 3.5, 3.5, share=0.5)).sure
+    assert sure(low, low) and sure(low, []) and sure([], high) and sure(high, noisy)
+    assert not sure(noisy, low) and not sure(low, noisy)
+
+
+def test_more_requests_are_served_if_the_first_leave_it_to_chance():
+    served = {1: Served(1, 9.9, sure=False), 5: Served(1, 10.1, sure=True)}
+    assert settled(served.__getitem__) == served[5] and settled({1: served[5]}.__getitem__) == served[5]
+    asked = demand(replace(GOAL, ttft_s=demand().prefill(5).ttft_s))
+    assert not asked.prefill(5).sure and demand().prefill(9).sure
 
 
 def test_the_start_and_the_end_of_a_run_do_not_count():

@@ -225,6 +225,7 @@ def _report(demand: Demand, sizing: Sizing, checks: Sequence[Checked]) -> Iterat
     for each in checks:
         made = f"TTFT {seconds(each.ttft_s)}, TPOT {seconds(each.tpot_s)}"
         found = "keeps the limits" if each.reached else "misses a limit"
+        found += "" if each.sure else ", but only just"
         as_sized = "" if each.reached == each.expected else ", unlike the model"
         yield f"  {each.prefill} + {each.decode}: {made}: {found}{as_sized}"
 
