@@ -267,8 +267,8 @@ def run(
     make: Callable[[str, CoupledLimits, Cost, float], Replica] = Replica,
 ) -> CoupledOutcome:
     """Serve `requests`, which are sorted by arrival. `route` chooses the replica of each, and advances those that it
-    looks at to the arrival. `make` makes a replica. `join_s`: extra seconds of an iteration with prompts. Raises ValueError for a request that
-    can never run or arrives out of order."""
+    looks at to the arrival. `make` makes a replica. `join_s`: extra seconds of an iteration with prompts. Raises
+    ValueError for a request that can never run or arrives out of order."""
     engines = [make(rule, limits, cost, join_s) for _ in range(replicas)]
     served: list[CoupledRequest] = []
     for arrival in requests:

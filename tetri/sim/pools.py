@@ -57,8 +57,8 @@ class Goal:
 class Served:
     """How so many `instances` of a role serve the demand. `ttft_s`, `tpot_s`: at the goal's share, None for a phase
     that the role does not have, inf if they fall behind for ever. `busy`: share of the time. `batch`: requests that an
-    instance decodes at once, on average; `memory`: share of its KV memory that these hold. `sure`: whether the limits are
-    kept or missed by more than chance."""
+    instance decodes at once, on average; `memory`: share of its KV memory that these hold. `sure`: whether the limits
+    are kept or missed by more than chance."""
 
     instances: int
     ttft_s: float | None = None

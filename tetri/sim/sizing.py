@@ -117,8 +117,8 @@ SERVED = 2000  # requests of a simulated deployment
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A simulated deployment. `expected`: whether the sizing says that it reaches the goal; `reached`: whether it does, and
-    `sure` whether by more than chance. `ttft_s` and `tpot_s` are those at the goal's share."""
+    """A simulated deployment. `expected`: whether the sizing says that it reaches the goal; `reached`: whether it does,
+    and `sure` whether by more than chance. `ttft_s` and `tpot_s` are those at the goal's share."""
 
     prefill: int
     decode: int
