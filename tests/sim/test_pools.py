@@ -147,12 +147,12 @@ def test_outputs_go_to_the_emptier_of_two_or_where_memory_is():
     assert route(engines[:1], Arrival(0.0, 50, 5)) == 0
 
 
-def test_by_how_many_standard_errors_a_percentile_is_below_a_limit():
+def test_how_far_a_percentile_is_below_a_limit():
     wave = [1.0, 2.0, 3.0, 4.0] * 8  # eight equal parts
     assert below(wave, 0.5, 3.0) > 1e6 and below(wave, 0.5, 2.0) < -1e6
-    rise = [float(part) for part in range(8) for _ in range(4)]  # medians 0 to 7: the standard error is 0.866
+    rise = [float(part) for part in range(8) for _ in range(4)]  # medians 0 to 7, which differ by 2.449
     assert below(rise, 0.5, 3.5) == 0.0
-    assert below(rise, 0.5, 6.0) == pytest.approx(2.5 / 0.866, rel=0.001) == -below(rise, 0.5, 1.0)
+    assert below(rise, 0.5, 6.0) == pytest.approx(2.5 / 2.449, rel=0.001) == -below(rise, 0.5, 1.0)
     assert below([1.0] * 7, 0.5, 9.0) == 0.0  # too few to tell
 
 

@@ -11,7 +11,7 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import ceil, floor, fsum, inf, sqrt
+from math import ceil, floor, fsum, inf
 from random import Random
 from statistics import stdev
 from typing import Protocol, TypeVar
@@ -32,7 +32,7 @@ Lengths = Sequence[tuple[int, int]]  # prompt and output tokens of requests
 REQUESTS = 8000  # the fewest that a pool serves
 TURNS = 6  # at least so many times the requests that are open at once: the start and the end of a run do not count
 LONGER = (1, 5)  # times as many requests are served: the second only where the first leave a limit to chance
-PARTS, SURE = 8, 3.0  # the parts of a run that tell the standard error of its times, and how many errors are no chance
+PARTS, SURE = 8, 2.0  # a limit is not left to chance if it is so many times as far as the parts of a run are apart
 COUNTED = (0.3, 0.8)  # the requests that count, as shares of their number
 SAMPLE = 4096  # lengths
 POOL = 16  # a larger pool of decode or coupled instances is simulated as one of so many, with its share of the rate
@@ -314,13 +314,13 @@ def sampled(prompt: TokenCounts, output: TokenCounts, seed: int) -> Lengths:
 
 
 def below(values: Sequence[float], share: float, limit: float) -> float:
-    """By how many of its standard errors the percentile of consecutive values, which depend on each other, is below a
-    limit."""
+    """How far the percentile of consecutive values is below a limit, in standard deviations of that of their parts: they
+    depend on each other, and a load that falls behind slowly is only seen by how they drift."""
     size = len(values) // PARTS
     if not size:
         return 0.0
     parts = [percentile(values[part * size : (part + 1) * size], share) for part in range(PARTS)]
-    return (limit - percentile(values, share)) / max(stdev(parts) / sqrt(PARTS), 1e-9)
+    return (limit - percentile(values, share)) / max(stdev(parts), 1e-9)
 
 
 def settled(serve: Callable[[int], Told]) -> Told:
