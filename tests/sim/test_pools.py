@@ -133,18 +133,31 @@ def test_prompts_go_where_the_fewest_tokens_wait():
     assert [engine.queued(1.5) for engine in engines] == [300, 100]
 
 
-def test_outputs_go_to_the_emptier_of_two_or_where_memory_is():
-    engines, route = replicas(2), power_of_two(Random(0))
-    engines[0].add(pools.coupled.CoupledRequest(0.0, 50, 5))
+def add(engines, column, tokens):
+    engines[column].add(pools.coupled.CoupledRequest(0.0, tokens, 5))
+
+
+def test_outputs_go_to_one_of_two_with_more_memory_to_spare():
+    engines, route = replicas(2), power_of_two(Random(0), 1, 0.0)
+    add(engines, 0, 50)
     assert route(engines, Arrival(0.0, 50, 5)) == 1
-    for _ in range(2):
-        engines[1].add(pools.coupled.CoupledRequest(0.0, 50, 5))
+    add(engines, 1, 50)
+    add(engines, 1, 50)
     assert route(engines, Arrival(0.0, 50, 5)) == 0
-    engines[0].add(pools.coupled.CoupledRequest(0.0, 900, 5))
+    add(engines, 0, 900)
     assert [engine.spare for engine in engines] == [1000 - 55 - 905, 1000 - 2 * 55]
     assert route(engines, Arrival(0.0, 50, 5)) == 1  # the first has no memory for it
     assert route(engines, Arrival(0.0, 950, 5)) == 1  # nor has the second, but it has more
     assert route(engines[:1], Arrival(0.0, 50, 5)) == 0
+
+
+def test_a_dispatcher_knows_what_it_has_sent_and_the_last_report():
+    engines, route = replicas(2), power_of_two(Random(0), 1, 1.0)
+    add(engines, 0, 50)
+    assert [route(engines, Arrival(0.0, 100, 5)), route(engines, Arrival(0.5, 1, 5))] == [1, 0]
+    add(engines, 0, 900)
+    assert route(engines, Arrival(0.9, 1, 5)) == 0  # not reported
+    assert route(engines, Arrival(1.0, 1, 5)) == 1
 
 
 def test_how_far_a_percentile_is_below_a_limit():

@@ -234,17 +234,24 @@ class Demand:
         entry_s = 0.0 if fetches else self.cost.decode_s(1, 0)
         cost = replace(self.cost, prefill=((1.0, entry_s),), prefill_start_s=0.0)
         replicas, rate = self._scaled(instances, POOL)
-        handed = self._handed(ceil(prefill * replicas / instances), rate, times * self._requests(replicas))
+        prompting = ceil(prefill * replicas / instances)
+        route = power_of_two(Random(self.seed), prompting, 2 * self._known_s)
+        handed = self._handed(prompting, rate, times * self._requests(replicas))
         entries = (Arrival(at_s, prompt + 1, output - 1 + fetches) for at_s, prompt, output in handed)
-        made = coupled.run(
-            "chunked", limits, cost, entries, replicas, route=power_of_two(Random(self.seed)), make=self._receiver
-        )
+        made = coupled.run("chunked", limits, cost, entries, replicas, route=route, make=self._receiver)
         wait_s = self._link_wait_s(instances)
         tpots = [
             (entry.jct_s + self.handover_s(entry.prompt - 1) + wait_s) / (entry.output - fetches)
             for entry in counted(made.served)
         ]
         return Served(instances, None, self._percentile(tpots), _busy(made), *self._held(made), self.sure([], tpots))
+
+    @cached_property
+    def _known_s(self) -> float:
+        """How old a dispatcher's knowledge is on average when a request enters its decode instance: half of the time
+        between two reports, as much between two views of them, and its prefill, since its first chunk is sent."""
+        prompt_s = fsum(self.prompt_s(prompt) for prompt, _ in self.lengths) / len(self.lengths)
+        return self.setup.load_s + prompt_s
 
     def _receiver(self, rule: str, limits: CoupledLimits, cost: Cost, join_s: float) -> Replica:
         """A decode instance."""
@@ -339,19 +346,26 @@ def least_queued(engines: Sequence[Replica], request: Arrival) -> int:
     return min(range(len(engines)), key=lambda i: engines[i].queued(request.at_s))
 
 
-def power_of_two(rng: Random) -> Routing:
-    """Of two random replicas with memory for all of the request, that with more to spare; if no replica has, of all:
-    as the dispatcher's policy of this name without predictions of lengths."""
+def power_of_two(rng: Random, dispatchers: int, every_s: float) -> Routing:
+    """Of two random replicas with memory for all of the request, that with more to spare; if no replica has, of all: as
+    the policy of this name without predictions of lengths. Each dispatcher knows what it has sent itself, and of all
+    else what was reported last: reports are `every_s` seconds apart."""
+    known: list[list[int]] = []
+    next_s = 0.0
 
     def route(engines: Sequence[Replica], request: Arrival) -> int:
-        pair: list[int] = []
-        for column in rng.sample(range(len(engines)), len(engines)):
-            engines[column].advance(request.at_s)
-            if engines[column].spare >= request.prompt + request.output:
-                pair.append(column)
-            if len(pair) == 2:
-                break
-        return max(pair or range(len(engines)), key=lambda column: engines[column].spare)
+        nonlocal next_s
+        if request.at_s >= next_s:
+            for engine in engines:
+                engine.advance(request.at_s)
+            known[:] = ([engine.spare for engine in engines] for _ in range(dispatchers))
+            next_s = request.at_s + every_s
+        spare, tokens = rng.choice(known), request.prompt + request.output
+        fits = [column for column, left in enumerate(spare) if left >= tokens]
+        pair = rng.sample(fits, min(2, len(fits))) or range(len(spare))
+        column = max(pair, key=spare.__getitem__)
+        spare[column] -= tokens
+        return column
 
     return route
 

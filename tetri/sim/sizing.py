@@ -112,7 +112,7 @@ def _least(goal: Goal, serve: Callable[[int], Served], load: float) -> tuple[Ser
 
 # ---------------------------------------------------------------- the live cores
 
-SERVED = 2000  # requests of a simulated deployment
+SERVED = 3000  # requests of a simulated deployment
 
 
 @dataclass(frozen=True, slots=True)
