@@ -176,7 +176,8 @@ def test_a_verdict_is_sure_if_one_limit_is_missed_or_both_are_kept_for_sure():
     assert not sure(noisy, low) and not sure(low, noisy)
 
 
-def test_more_requests_are_served_if_the_first_leave_it_to_chance():
+def test_more_requests_are_served_if_the_first_leave_it_to_chance(monkeypatch):
+    monkeypatch.setattr(pools, "REQUESTS", 600)
     served = {1: Served(1, 9.9, sure=False), 5: Served(1, 10.1, sure=True)}
     assert settled(served.__getitem__) == served[5] and settled({1: served[5]}.__getitem__) == served[5]
     asked = demand(replace(GOAL, ttft_s=demand().prefill(5).ttft_s))

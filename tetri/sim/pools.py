@@ -235,7 +235,7 @@ class Demand:
         cost = replace(self.cost, prefill=((1.0, entry_s),), prefill_start_s=0.0)
         replicas, rate = self._scaled(instances, POOL)
         prompting = ceil(prefill * replicas / instances)
-        route = power_of_two(Random(self.seed), prompting, 2 * self._known_s)
+        route = power_of_two(Random(self.seed), prompting, 2 * self.setup.load_s)
         handed = self._handed(prompting, rate, times * self._requests(replicas))
         entries = (Arrival(at_s, prompt + 1, output - 1 + fetches) for at_s, prompt, output in handed)
         made = coupled.run("chunked", limits, cost, entries, replicas, route=route, make=self._receiver)
@@ -245,13 +245,6 @@ class Demand:
             for entry in counted(made.served)
         ]
         return Served(instances, None, self._percentile(tpots), _busy(made), *self._held(made), self.sure([], tpots))
-
-    @cached_property
-    def _known_s(self) -> float:
-        """How old a dispatcher's knowledge is on average when a request enters its decode instance: half of the time
-        between two reports, as much between two views of them, and its prefill, since its first chunk is sent."""
-        prompt_s = fsum(self.prompt_s(prompt) for prompt, _ in self.lengths) / len(self.lengths)
-        return self.setup.load_s + prompt_s
 
     def _receiver(self, rule: str, limits: CoupledLimits, cost: Cost, join_s: float) -> Replica:
         """A decode instance."""
@@ -321,8 +314,8 @@ def sampled(prompt: TokenCounts, output: TokenCounts, seed: int) -> Lengths:
 
 
 def below(values: Sequence[float], share: float, limit: float) -> float:
-    """How far the percentile of consecutive values is below a limit, in standard deviations of that of their parts: they
-    depend on each other, and a load that falls behind slowly is only seen by how they drift."""
+    """How far the percentile of consecutive values is below a limit, in standard deviations of that of their parts: the
+    values depend on each other, and a load that falls behind slowly is only seen by how they drift."""
     size = len(values) // PARTS
     if not size:
         return 0.0
@@ -349,7 +342,8 @@ def least_queued(engines: Sequence[Replica], request: Arrival) -> int:
 def power_of_two(rng: Random, dispatchers: int, every_s: float) -> Routing:
     """Of two random replicas with memory for all of the request, that with more to spare; if no replica has, of all: as
     the policy of this name without predictions of lengths. Each dispatcher knows what it has sent itself, and of all
-    else what was reported last: reports are `every_s` seconds apart."""
+    else what was reported last: reports are `every_s` seconds apart, which is the time between two reports of a worker
+    and between two views of the monitor."""
     known: list[list[int]] = []
     next_s = 0.0
 
