@@ -73,7 +73,9 @@ def _listed(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Share of the requests within each limit; 0.9: the limits are for the p90.",
 )
 @click.option(
-    "--verify", is_flag=True, help="Also serve the load in the simulator, with the live schedulers: half a minute."
+    "--verify",
+    is_flag=True,
+    help="Also serve the load in the simulator, with the live schedulers: half a minute, two if a limit is near.",
 )
 @deployment_options
 @json_option
