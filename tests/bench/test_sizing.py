@@ -16,6 +16,7 @@ EASY = Case("v100-opt13b", 40, "100", "8", 0.3, 0.05)
 def check(monkeypatch, capsys):
     """`check_sizing` with these cases: (exit status, stdout, stderr)."""
     monkeypatch.setattr(pools, "REQUESTS", 500)
+    monkeypatch.setattr(pools, "LONGER", (1,))
 
     def run(cases, *arguments):
         monkeypatch.setattr(sizing, "CASES", cases)

@@ -1,6 +1,7 @@
 """Coupled engines in virtual time, against times computed by hand."""
 
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from random import Random
 
@@ -9,6 +10,7 @@ import pytest
 from tetri.cost import Cost
 from tetri.policy.coupled import COUPLED, CoupledLimits
 from tetri.sim import coupled
+from tetri.sim.coupled import Receiver
 from tetri.sim.traces import Arrival
 
 # A chunk takes 0.01 s a token, a decode step 1 s, a context token nothing.
@@ -53,19 +55,36 @@ def test_replicas_share_the_requests():
     assert len(outcome.busy) == 2 and outcome.busy[0] == outcome.busy[1]
 
 
-def test_a_route_chooses_the_replica_and_sees_what_is_queued_and_free():
+def test_a_route_chooses_the_replica_and_sees_what_is_queued_and_spare():
     seen = []
 
     def route(engines, request):
         engines[1].advance(request.at_s)
-        seen.append((engines[1].queued(request.at_s), engines[1].free))
+        seen.append((engines[1].queued(request.at_s), engines[1].spare))
         return 1
 
     arrivals = [Arrival(0.0, 100, 5), Arrival(0.5, 200, 1), Arrival(1.5, 100, 1)]
     outcome = coupled.run("chunked", ROOMY, COST, arrivals, replicas=2, route=route)
     assert [request.replica for request in outcome.served] == [1, 1, 1] and not outcome.busy[0]
     # The first prompt ends at 1 s; the second is computed beside a decode until 3 s, and counts until then.
-    assert seen == [(0, 10_000), (100, 9_900), (200, 9_899)]
+    # It has no output to come, so that its memory is spare.
+    assert seen == [(0, 10_000), (100, 9_895), (200, 9_895)]
+
+
+def test_a_receiver_computes_only_what_it_preempts():
+    arrivals = batch((50, 20), (50, 20))
+    limits, free = CoupledLimits(16, 1000, 130), replace(COST, prefill=((1.0, 0.0),))
+    make = partial(Receiver, again_s=lambda tokens: 100.0 + tokens)
+    plain, made = (coupled.run("chunked", limits, free, arrivals, make=of).served for of in (coupled.Replica, make))
+    assert [request.preempted for request in made] == [0, 1] == [request.preempted for request in plain]
+    assert made[0].end_s == plain[0].end_s and 160 < made[1].end_s - plain[1].end_s < 170
+
+
+def test_new_prompts_leave_memory_for_the_batch_to_grow():
+    arrivals = [Arrival(0.0, 50, 5), Arrival(0.1, 60, 5)]
+    limits, free = CoupledLimits(16, 1000, 130), replace(COST, prefill=((1.0, 0.0),))
+    made = [coupled.run("chunked", limits, free, arrivals, make=partial(Receiver, kept=n)).served for n in (0, 20)]
+    assert made[0][1].first_s == 2.0 and made[1][1].first_s == 4.0 == made[1][0].end_s
 
 
 @pytest.mark.parametrize("rule", COUPLED)

@@ -4,6 +4,7 @@ import os
 from functools import partial
 from itertools import cycle
 from pathlib import Path
+from random import Random
 from statistics import fmean, pstdev
 from threading import Thread
 
@@ -203,3 +204,14 @@ def test_wrong_numbers(make, change, says):
 
 def test_deadlines_are_given_to_all():
     assert list(with_deadline(drawn(2, FIXED, FIXED, 1), 3.0)) == [Arrival(0.0, 7, 7, 3.0)] * 2
+
+
+@pytest.mark.parametrize("text", ["512", "100-103", "lognormal:600:0.8", "lognormal:600:0"])
+def test_lengths_that_are_spread_have_the_distribution_of_those_that_are_drawn(text):
+    counts, rng = TokenCounts.parsed(text), Random(0)
+    spread, drawn_ones = counts.spread(4000), sorted(counts.draw(rng) for _ in range(4000))
+    assert spread == sorted(spread) and len(spread) == 4000
+    for share in (0, 0.1, 0.5, 0.9):
+        assert spread[int(share * 4000) + 20] == pytest.approx(drawn_ones[int(share * 4000) + 20], rel=0.08)
+    if text == "100-103":
+        assert [spread.count(tokens) for tokens in range(100, 104)] == [1000] * 4

@@ -16,7 +16,7 @@ from tetri import terminal
 from tetri.cli import FAILED, OK
 from tetri.cli.options import COUNT, Overrides, deployment_options, examples, json_option
 from tetri.cli.sim import LINKS, link_bytes_s
-from tetri.cli.units import NOTHING, number, seconds
+from tetri.cli.units import NOTHING, seconds
 from tetri.paths import FILE
 
 if TYPE_CHECKING:
@@ -74,7 +74,9 @@ def _listed(function: Callable[..., Any]) -> Callable[..., Any]:
     help="Share of the requests within each limit; 0.9: the limits are for the p90.",
 )
 @click.option(
-    "--verify", is_flag=True, help="Also serve the load in the simulator, with the live schedulers: half a minute."
+    "--verify",
+    is_flag=True,
+    help="Also serve the load in the simulator, with the live schedulers: half a minute, two if a limit is near.",
 )
 @deployment_options
 @json_option
@@ -227,6 +229,7 @@ def _report(demand: Demand, sizing: Sizing, checks: Sequence[Checked]) -> Iterat
     for each in checks:
         made = f"TTFT {seconds(each.ttft_s)}, TPOT {seconds(each.tpot_s)}"
         found = "keeps the limits" if each.reached else "misses a limit"
+        found += "" if each.sure else ", but only just"
         as_sized = "" if each.reached == each.expected else ", unlike the model"
         yield f"  {each.prefill} + {each.decode}: {made}: {found}{as_sized}"
 
@@ -240,5 +243,5 @@ def _rows(role: str, answer: Answer, goal: Goal) -> Iterator[str]:
 
 def _row(name: str, pool: Served, why: str) -> str:
     ttft, tpot = (NOTHING if value in (None, inf) else seconds(value) for value in (pool.ttft_s, pool.tpot_s))
-    memory = NOTHING if pool.memory is None else f"{pool.memory:.0%}"
-    return _ROW.format(name, pool.instances, f"{pool.busy:.0%}", ttft, tpot, number(pool.batch), memory, why)
+    batch, memory = (NOTHING, NOTHING) if pool.batch is None else (f"{pool.batch:.1f}", f"{pool.memory:.0%}")
+    return _ROW.format(name, pool.instances, f"{pool.busy:.0%}", ttft, tpot, batch, memory, why)

@@ -52,12 +52,14 @@ class CoupledRequest:
 
 @dataclass(slots=True)
 class Replica:
-    """One coupled engine. `busy`: its busy intervals (start, stop), seconds; `passes`: number of forward passes."""
+    """One coupled engine. `busy`: its busy intervals (start, stop), seconds; `passes`: number of forward passes.
+    `kept`: tokens of memory for each request of the decode batch that no new prompt may take."""
 
     rule: str
     limits: CoupledLimits
     cost: Cost
     join_s: float = 0.0
+    kept: int = 0
     now: float = 0.0
     busy: list[tuple[float, float]] = field(default_factory=list)
     passes: int = 0
@@ -71,6 +73,7 @@ class Replica:
     _reserved: int = 0  # KV tokens reserved for prompts in prefill
     _queued: int = 0  # tokens of the prompts that have not been prefilled
     _finished: int = 0  # tokens of the prompts that the last step finished
+    _promised: int = 0  # KV tokens that the open requests have at their ends
 
     @property
     def open(self) -> int:
@@ -87,6 +90,7 @@ class Replica:
             self.now = max(self.now, request.arrival_s)
         request.goal = request.prompt
         self._queued += request.goal
+        self._promised += request.prompt + request.output
         self._waiting.append(request)
 
     def advance(self, until: float) -> None:
@@ -100,9 +104,9 @@ class Replica:
                 self._decode(until)
 
     @property
-    def free(self) -> int:
-        """Tokens of memory that no request has and no queued prompt needs."""
-        return self.limits.kv_tokens - self._context - self._queued
+    def spare(self) -> int:
+        """Tokens of memory that the open requests leave when each has all of its output."""
+        return self.limits.kv_tokens - self._promised
 
     @property
     def _free(self) -> int:
@@ -139,7 +143,10 @@ class Replica:
         waiting = [Progress(str(i), 0, request.goal) for i, request in enumerate(islice(self._waiting, max(slots, 0)))]
         request = self._started
         started = None if request is None else Progress("started", request.done, request.goal)
-        return COUPLED[self.rule](CoupledView(started, waiting, len(self._decoding), self._free), self.limits)
+        batch = len(self._decoding)
+        again = bool(self._waiting and self._waiting[0].preempted)
+        free = self._free if again else self._free - self.kept * batch
+        return COUPLED[self.rule](CoupledView(started, waiting, batch, free), self.limits)
 
     def _step(self, plan: Iteration) -> None:
         """Run one iteration that has prompts, with or without the decode batch."""
@@ -170,7 +177,7 @@ class Replica:
         request.made += 1
         request.first_s = min(request.first_s, self.now)
         if request.made == request.output:
-            request.end_s = self.now
+            self._end(request)
             return
         self._keys += 1
         key = f"{self._keys:012}"
@@ -201,7 +208,12 @@ class Replica:
             request = self._decoding.pop(key, None)
             if request is not None:
                 self._context -= self._tokens(request)
-                request.made, request.end_s = request.output, self.now
+                request.made = request.output
+                self._end(request)
+
+    def _end(self, request: CoupledRequest) -> None:
+        request.end_s = self.now
+        self._promised -= request.prompt + request.output
 
     def _spend(self, seconds: float, passes: int) -> None:
         self.passes += passes
@@ -210,6 +222,18 @@ class Replica:
         if self.busy and self.busy[-1][1] == start:
             start = self.busy.pop()[0]
         self.busy.append((start, self.now))
+
+
+@dataclass(slots=True)
+class Receiver(Replica):
+    """A replica whose prompts come with their KV. `again_s(tokens)`: seconds to compute it again after a preemption."""
+
+    again_s: Callable[[int], float] = float
+
+    def _first(self, request: CoupledRequest) -> None:
+        if request.preempted:
+            self._spend(self.again_s(request.goal), 1)
+        Replica._first(self, request)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,11 +264,12 @@ def run(
     replicas: int = 1,
     join_s: float = 0.0,
     route: Routing = fewest_open,
+    make: Callable[[str, CoupledLimits, Cost, float], Replica] = Replica,
 ) -> CoupledOutcome:
     """Serve `requests`, which are sorted by arrival. `route` chooses the replica of each, and advances those that it
-    looks at to the arrival. `join_s`: extra seconds of an iteration with prompts. Raises ValueError for a request that
-    can never run or arrives out of order."""
-    engines = [Replica(rule, limits, cost, join_s) for _ in range(replicas)]
+    looks at to the arrival. `make` makes a replica. `join_s`: extra seconds of an iteration with prompts. Raises
+    ValueError for a request that can never run or arrives out of order."""
+    engines = [make(rule, limits, cost, join_s) for _ in range(replicas)]
     served: list[CoupledRequest] = []
     for arrival in requests:
         _check(arrival, limits, served)

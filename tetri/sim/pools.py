@@ -8,25 +8,31 @@ instance does both.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from math import ceil, floor, fsum, inf
 from random import Random
-from typing import TypeVar
+from statistics import stdev
+from typing import Protocol, TypeVar
 
+from tetri.cost import Cost
 from tetri.engine_request import Span
 from tetri.metrics import percentile
+from tetri.policy.admit import next_growth
 from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled
-from tetri.sim.coupled import CoupledOutcome, Replica, Routing
+from tetri.sim.coupled import CoupledOutcome, Receiver, Replica, Routing
 from tetri.sim.setup import Setup
 from tetri.sim.traces import Arrival, TokenCounts
 
 Each = TypeVar("Each")
+Told = TypeVar("Told", bound="Verdict")
 Lengths = Sequence[tuple[int, int]]  # prompt and output tokens of requests
 REQUESTS = 8000  # the fewest that a pool serves
 TURNS = 6  # at least so many times the requests that are open at once: the start and the end of a run do not count
+LONGER = (1, 5)  # times as many requests are served: the second only where the first leave a limit to chance
+PARTS, SURE = 8, 2.0  # a limit is not left to chance if it is so many times as far as the parts of a run are apart
 COUNTED = (0.3, 0.8)  # the requests that count, as shares of their number
 SAMPLE = 4096  # lengths
 POOL = 16  # a larger pool of decode or coupled instances is simulated as one of so many, with its share of the rate
@@ -51,7 +57,8 @@ class Goal:
 class Served:
     """How so many `instances` of a role serve the demand. `ttft_s`, `tpot_s`: at the goal's share, None for a phase
     that the role does not have, inf if they fall behind for ever. `busy`: share of the time. `batch`: requests that an
-    instance decodes at once, on average; `memory`: share of its KV memory that these hold."""
+    instance decodes at once, on average; `memory`: share of its KV memory that these hold. `sure`: whether the limits
+    are kept or missed by more than chance."""
 
     instances: int
     ttft_s: float | None = None
@@ -59,6 +66,7 @@ class Served:
     busy: float = 1.0
     batch: float | None = None
     memory: float | None = None
+    sure: bool = True
 
     @property
     def behind(self) -> bool:
@@ -68,6 +76,14 @@ class Served:
     def reaches(self, goal: Goal) -> bool:
         """Whether both limits are kept."""
         return (self.ttft_s or 0.0) <= goal.ttft_s and (self.tpot_s or 0.0) <= goal.tpot_s
+
+
+class Verdict(Protocol):
+    """Whether limits are kept, and whether that is sure."""
+
+    @property
+    def sure(self) -> bool:
+        """Whether it is more than chance."""
 
 
 class Demand:
@@ -192,13 +208,13 @@ class Demand:
 
     # ------------------------------------------------------------ the pools
 
-    def prefill(self, instances: int) -> Served:
-        """Serve the prompts."""
+    def prefill(self, instances: int, times: int = 1) -> Served:
+        """Serve the prompts, of `times` as many requests as the fewest that tell anything."""
         if self.prefill_load >= instances:
             return Served(instances, ttft_s=inf)
-        made = self._prefilled(*self._scaled(instances, PROMPT_POOL), REQUESTS)
-        ttft_s = self._percentile([request.ttft_s for request in counted(made.served)])
-        return Served(instances, ttft_s=ttft_s + 2 * self.setup.link_latency_s, busy=_busy(made))
+        made = self._prefilled(*self._scaled(instances, PROMPT_POOL), times * REQUESTS)
+        ttfts = self._ttfts(made)
+        return Served(instances, self._percentile(ttfts), busy=_busy(made), sure=self.sure(ttfts, []))
 
     def _prefilled(self, replicas: int, rate: float, requests: int) -> CoupledOutcome:
         slots = min(SLOTS, self.capacity.max_batch)
@@ -206,7 +222,7 @@ class Demand:
         arrivals = (replace(each, output=1) for each in self.arrivals(rate, requests))
         return coupled.run("chunked", limits, self.cost, arrivals, replicas, route=least_queued)
 
-    def decode(self, instances: int, prefill: int) -> Served:
+    def decode(self, instances: int, prefill: int, times: int = 1) -> Served:
         """Write the outputs of the prompts that so many `prefill` instances hand over. A request enters at the end of a
         step: of the one in which it arrives if its KV is there at once, else of the next, since an instance begins to
         fetch KV between two steps."""
@@ -219,15 +235,22 @@ class Demand:
         entry_s = 0.0 if fetches else self.cost.decode_s(1, 0)
         cost = replace(self.cost, prefill=((1.0, entry_s),), prefill_start_s=0.0)
         replicas, rate = self._scaled(instances, POOL)
-        handed = self._handed(ceil(prefill * replicas / instances), rate, self._requests(replicas))
+        prompting = ceil(prefill * replicas / instances)
+        route = power_of_two(Random(self.seed), prompting, 2 * self.setup.load_s)
+        handed = self._handed(prompting, rate, times * self._requests(replicas))
         entries = (Arrival(at_s, prompt + 1, output - 1 + fetches) for at_s, prompt, output in handed)
-        made = coupled.run("chunked", limits, cost, entries, replicas, route=power_of_two(Random(self.seed)))
+        made = coupled.run("chunked", limits, cost, entries, replicas, route=route, make=self._receiver)
         wait_s = self._link_wait_s(instances)
         tpots = [
             (entry.jct_s + self.handover_s(entry.prompt - 1) + wait_s) / (entry.output - fetches)
             for entry in counted(made.served)
         ]
-        return Served(instances, None, self._percentile(tpots), _busy(made), *self._held(made))
+        return Served(instances, None, self._percentile(tpots), _busy(made), *self._held(made), self.sure([], tpots))
+
+    def _receiver(self, rule: str, limits: CoupledLimits, cost: Cost, join_s: float) -> Replica:
+        """A decode instance."""
+        chunk, kept = self.capacity.chunk_tokens, next_growth(1) * self.capacity.block_tokens
+        return Receiver(rule, limits, cost, join_s, kept, again_s=lambda tokens: self.cost.prompt_s(tokens, 0, chunk))
 
     def _handed(self, replicas: int, rate: float, requests: int) -> list[tuple[float, int, int]]:
         """(time of the first token, prompt tokens, output tokens) of each request that needs more tokens, by time."""
@@ -242,14 +265,16 @@ class Demand:
 
     def coupled(self, instances: int) -> Served:
         """Do both on each instance, as vLLM does."""
+        if max(self.prefill_load, self._decoding(self._full[0])) >= instances:
+            return Served(instances, inf, inf)
         limits = CoupledLimits(self.capacity.max_batch, self.capacity.chunk_tokens, self.kv_tokens)
         replicas, rate = self._scaled(instances, POOL)
         arrivals = self.arrivals(rate, self._requests(replicas))
         made = coupled.run("chunked", limits, self.cost, arrivals, replicas)
-        requests = counted(made.served)
+        requests, ttfts = counted(made.served), self._ttfts(made)
         tpots = [(each.jct_s - each.ttft_s) / (each.output - 1) for each in requests if each.output > 1] or [0.0]
-        ttft_s = self._percentile([request.ttft_s for request in requests]) + 2 * self.setup.link_latency_s
-        return Served(instances, ttft_s, self._percentile(tpots), _busy(made), *self._held(made))
+        found = self._percentile(ttfts), self._percentile(tpots)
+        return Served(instances, *found, _busy(made), *self._held(made), self.sure(ttfts, tpots))
 
     def _scaled(self, instances: int, most: int) -> tuple[int, float]:
         """(replicas that are simulated, the rate of their requests)."""
@@ -264,8 +289,16 @@ class Demand:
         load = self._fetching / instances
         return self._fetching / self.goal.rate * load / (1 - load) / 2
 
+    def _ttfts(self, made: CoupledOutcome) -> list[float]:
+        return [request.ttft_s + 2 * self.setup.link_latency_s for request in counted(made.served)]
+
     def _percentile(self, values: Sequence[float]) -> float:
         return percentile(values, self.goal.share)
+
+    def sure(self, ttfts: Sequence[float], tpots: Sequence[float]) -> bool:
+        """Whether these times of consecutive requests keep both limits, or miss one, by more than chance."""
+        limits = (ttfts, self.goal.ttft_s), (tpots, self.goal.tpot_s)
+        return abs(min(below(values, self.goal.share, limit) for values, limit in limits if values)) > SURE
 
     def _held(self, made: CoupledOutcome) -> tuple[float, float]:
         """(requests that an instance decodes at once, share of its memory that they hold), by Little's law."""
@@ -275,9 +308,29 @@ class Demand:
 
 
 def sampled(prompt: TokenCounts, output: TokenCounts, seed: int) -> Lengths:
-    """A sample of requests with these distributions of lengths."""
-    rng = Random(f"lengths {seed}")
-    return [(prompt.draw(rng), output.draw(rng)) for _ in range(SAMPLE)]
+    """A sample of requests with these distributions of lengths, each by itself."""
+    outputs = output.spread(SAMPLE)
+    Random(f"lengths {seed}").shuffle(outputs)
+    return list(zip(prompt.spread(SAMPLE), outputs, strict=True))
+
+
+def below(values: Sequence[float], share: float, limit: float) -> float:
+    """How far the percentile of consecutive values is below a limit, in standard deviations of that of their parts: the
+    values depend on each other, and a load that falls behind slowly is only seen by how they drift."""
+    size = len(values) // PARTS
+    if not size:
+        return 0.0
+    parts = [percentile(values[part * size : (part + 1) * size], share) for part in range(PARTS)]
+    return (limit - percentile(values, share)) / max(stdev(parts), 1e-9)
+
+
+def settled(serve: Callable[[int], Told]) -> Told:
+    """Serve requests, and more of them unless the verdict is sure."""
+    for times in LONGER:
+        made = serve(times)
+        if made.sure:
+            break
+    return made
 
 
 def least_queued(engines: Sequence[Replica], request: Arrival) -> int:
@@ -287,19 +340,27 @@ def least_queued(engines: Sequence[Replica], request: Arrival) -> int:
     return min(range(len(engines)), key=lambda i: engines[i].queued(request.at_s))
 
 
-def power_of_two(rng: Random) -> Routing:
-    """Of two random replicas with memory for the request, that with fewer open requests; if there are not two, the one
-    with most memory: as the dispatcher's policy of this name."""
+def power_of_two(rng: Random, dispatchers: int, every_s: float) -> Routing:
+    """Of two random replicas with memory for all of the request, that with more to spare; if no replica has, of all: as
+    the policy of this name without predictions of lengths. Each dispatcher knows what it has sent itself, and of all
+    else what was reported last: reports are `every_s` seconds apart, which is the time between two reports of a worker
+    and between two views of the monitor."""
+    known: list[list[int]] = []
+    next_s = 0.0
 
     def route(engines: Sequence[Replica], request: Arrival) -> int:
-        pair = rng.sample(range(len(engines)), min(2, len(engines)))
-        for column in pair:
-            engines[column].advance(request.at_s)
-        if all(engines[column].free > request.prompt for column in pair):
-            return min(pair, key=lambda column: engines[column].open)
-        for engine in engines:
-            engine.advance(request.at_s)
-        return max(range(len(engines)), key=lambda column: engines[column].free)
+        nonlocal next_s
+        if request.at_s >= next_s:
+            for engine in engines:
+                engine.advance(request.at_s)
+            known[:] = ([engine.spare for engine in engines] for _ in range(dispatchers))
+            next_s = request.at_s + every_s
+        spare, tokens = rng.choice(known), request.prompt + request.output
+        fits = [column for column, left in enumerate(spare) if left >= tokens]
+        pair = rng.sample(fits, min(2, len(fits))) or range(len(spare))
+        column = max(pair, key=spare.__getitem__)
+        spare[column] -= tokens
+        return column
 
     return route
 

@@ -14,7 +14,7 @@ from functools import partial
 from math import floor, inf
 
 from tetri.metrics import percentile
-from tetri.sim.pools import MOST, TURNS, Demand, Goal, Served, counted
+from tetri.sim.pools import MOST, TURNS, Demand, Goal, Served, counted, settled
 from tetri.sim.setup import SimError
 from tetri.sim.world import World
 
@@ -48,8 +48,10 @@ def size(demand: Demand) -> Sizing:
     """Find the fewest instances of each role. Raises SizingError and SimError."""
     demand.setup.check()
     _check(demand)
-    prefill = _least(demand.goal, demand.prefill, demand.prefill_load)
-    decode = _least(demand.goal, partial(demand.decode, prefill=prefill[0].instances), demand.decode_load)
+    goal = demand.goal
+    prefill = _least(goal, lambda count: settled(partial(demand.prefill, count)), demand.prefill_load)
+    prompting = prefill[0].instances
+    decode = _least(goal, lambda count: settled(partial(demand.decode, count, prompting)), demand.decode_load)
     return Sizing(
         Answer(*prefill, "compute" if prefill[1] is not None and prefill[1].ttft_s == inf else "ttft"),
         Answer(*decode, demand.decode_bound),
@@ -115,8 +117,8 @@ SERVED = 3000  # requests of a simulated deployment
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """A simulated deployment. `expected`: whether the sizing says that it reaches the goal; `reached`: whether it does.
-    `ttft_s` and `tpot_s` are those at the goal's share."""
+    """A simulated deployment. `expected`: whether the sizing says that it reaches the goal; `reached`: whether it does,
+    and `sure` whether by more than chance. `ttft_s` and `tpot_s` are those at the goal's share."""
 
     prefill: int
     decode: int
@@ -124,28 +126,29 @@ class Checked:
     tpot_s: float
     expected: bool
     reached: bool
+    sure: bool
 
 
 def checked(demand: Demand, sizing: Sizing, requests: int = SERVED) -> list[Checked]:
     """Serve the demand with the live cores: on the deployment of this sizing, on one with one prefill instance fewer,
-    and on one with one decode instance fewer, at least so many `requests`. Its seed should not be that of the sizing.
-    Raises SimError."""
+    and on one with one decode instance fewer, at least so many `requests`, and more where that leaves it to chance. Its
+    seed should not be that of the sizing. Raises SimError."""
     prefill, decode = sizing.prefill.enough.instances, sizing.decode.enough.instances
     turns = TURNS * round(decode * (sizing.decode.enough.batch or 0.0))
     tried = [(prefill, decode, True), (prefill - 1, decode, False), (prefill, decode - 1, False)]
-    return [_simulated(demand, *each, requests=max(requests, turns)) for each in tried if each[0] and each[1]]
+    least = max(requests, turns)
+    return [settled(partial(_simulated, demand, least, *each)) for each in tried if each[0] and each[1]]
 
 
-def _simulated(demand: Demand, prefill: int, decode: int, expected: bool, requests: int) -> Checked:
+def _simulated(demand: Demand, least: int, prefill: int, decode: int, expected: bool, times: int) -> Checked:
     goal = demand.goal
     setup = replace(demand.setup, prefill=prefill, decode=decode, mixed=0, seed=demand.seed)
-    outcomes = counted(World(setup, demand.arrivals(goal.rate, requests)).run().outcomes)
+    outcomes = counted(World(setup, demand.arrivals(goal.rate, times * least)).run().outcomes)
     lost = [outcome for outcome in outcomes if outcome.state != "done"]
     if lost:
         raise SimError(f"{len(lost)} requests were not served: {lost[0].why}")
-    ttft_s = percentile([outcome.ttft_s or 0.0 for outcome in outcomes], goal.share)
-    tpot_s = percentile(
-        [outcome.tpot_s or 0.0 for outcome in outcomes if outcome.arrival.output > 1] or [0.0], goal.share
-    )
+    ttfts = [outcome.ttft_s or 0.0 for outcome in outcomes]
+    tpots = [outcome.tpot_s or 0.0 for outcome in outcomes if outcome.arrival.output > 1] or [0.0]
+    ttft_s, tpot_s = percentile(ttfts, goal.share), percentile(tpots, goal.share)
     reached = Served(prefill + decode, ttft_s, tpot_s).reaches(goal)
-    return Checked(prefill, decode, ttft_s, tpot_s, expected, reached)
+    return Checked(prefill, decode, ttft_s, tpot_s, expected, reached, demand.sure(ttfts, tpots))

@@ -12,6 +12,7 @@ from itertools import chain, count, islice
 from operator import itemgetter
 from pathlib import Path
 from random import Random
+from statistics import NormalDist
 from typing import Any, NamedTuple, TextIO
 
 from tetri.request import Sampling
@@ -243,6 +244,16 @@ class TokenCounts:
             logarithm = rng.normalvariate(math.log(self.a), self.b)
             return max(1, round(math.exp(min(logarithm, math.log(LONGEST)))))
         return int(self.a)
+
+    def spread(self, count: int) -> list[int]:
+        """So many lengths that have exactly this distribution: each is the middle of an equal share of it."""
+        shares = [(number + 0.5) / count for number in range(count)]
+        if self.kind == "uniform":
+            return [int(self.a + share * (self.b + 1 - self.a)) for share in shares]
+        if self.kind == "lognormal" and self.b:
+            normal = NormalDist(math.log(self.a), self.b)
+            return [max(1, round(math.exp(min(normal.inv_cdf(share), math.log(LONGEST))))) for share in shares]
+        return [round(self.a)] * count
 
 
 def drawn(
