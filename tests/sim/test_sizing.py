@@ -106,9 +106,9 @@ def test_memory_for_exactly_one_request_is_enough():
 
 def test_prompts_in_one_chunk_are_at_most_max_batch():
     """So that short prompts, each in a chunk of its own, need more instances."""
-    found = [size(demand(Goal(60, 0.3, 0.15), replace(V100, max_batch=most), "100", "2")) for most in (32, 1)]
+    found = [size(demand(Goal(50, 0.3, 0.15), replace(V100, max_batch=most), "100", "2")) for most in (32, 1)]
     packed, alone = (each.prefill.enough.instances for each in found)
-    assert packed == 2 and alone > 3
+    assert packed < alone
 
 
 def test_of_requests_that_vary_only_the_share_counts():

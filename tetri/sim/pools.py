@@ -27,7 +27,7 @@ from tetri.sim.setup import Setup
 from tetri.sim.traces import Arrival, TokenCounts
 
 Each = TypeVar("Each")
-Told = TypeVar("Told", bound="Verdict")
+VerdictT = TypeVar("VerdictT", bound="Verdict")
 Lengths = Sequence[tuple[int, int]]  # prompt and output tokens of requests
 REQUESTS = 8000  # the fewest that a pool serves
 TURNS = 6  # at least so many times the requests that are open at once: the start and the end of a run do not count
@@ -324,7 +324,7 @@ def below(values: Sequence[float], share: float, limit: float) -> float:
     return (limit - percentile(values, share)) / max(stdev(parts), 1e-9)
 
 
-def settled(serve: Callable[[int], Told]) -> Told:
+def settled(serve: Callable[[int], VerdictT]) -> VerdictT:
     """Serve requests, and more of them unless the verdict is sure."""
     for times in LONGER:
         made = serve(times)
