@@ -56,7 +56,8 @@ def get(url):
 
 
 def complete(cluster, **body):
-    asked = urllib.request.Request(f"{cluster.url}/v1/completions", json.dumps(body).encode(), {"X-Tetri-Receipt": "1"})
+    body = json.dumps({"ignore_eos": True, **body}).encode()  # else chance may end it early
+    asked = urllib.request.Request(f"{cluster.url}/v1/completions", body, {"X-Tetri-Receipt": "1"})
     with urllib.request.urlopen(asked, timeout=20) as answer:
         return json.loads(answer.read())
 

@@ -19,7 +19,7 @@ from tetri.proc.gateway import process
 from tetri.proc.gateway.counts import Counts
 
 SLOW = ["engine.cost=cpu-smollm2.toml", "emulated.time_scale=0.1"]  # steps that take time, so that answers last
-LONG = {"prompt": "Hello", "max_tokens": 8000, "stream": True}
+LONG = {"prompt": "Hello", "max_tokens": 8000, "stream": True, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
