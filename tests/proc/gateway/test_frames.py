@@ -5,7 +5,8 @@ import json
 from observations import observation, worker
 
 from tetri import __version__
-from tetri.proc.gateway.frames import MOST_MOVES, Frames
+from tetri.core.broker.history import MOVES
+from tetri.proc.gateway.frames import Frames
 from tetri.proc.gateway.history import History
 
 
@@ -62,9 +63,9 @@ def test_later_messages_have_what_is_new():
 def test_who_reads_slowly_gets_all_that_is_kept_since_then():
     seconds = Seconds().pass_()
     _, seen = seconds.read()
-    seconds.pass_(happened={"moves": [move(str(n)) for n in range(MOST_MOVES)]})
+    seconds.pass_(happened={"moves": [move(str(n)) for n in range(MOVES)]})
     found, _ = seconds.pass_(happened={"moves": [move("x"), move("y")], "missed": 3}).read(seen)
-    assert len(found["moves"]) == MOST_MOVES and found["moves"][-1] == move("y")
+    assert len(found["moves"]) == MOVES and found["moves"][-1] == move("y")
     assert found["missed"] == 2 + 3 and found["point"]["at"] == 1003.0
 
 

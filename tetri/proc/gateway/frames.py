@@ -10,10 +10,10 @@ from typing import Any
 import msgspec
 
 import tetri
+from tetri.core.broker.history import ENDS, EVENTS, MOVES
 from tetri.proc.gateway.history import IDLE, History, Rates
 from tetri.proc.metrics import free_blocks
 
-MOST_MOVES, MOST_ENDED, MOST_EVENTS = 512, 256, 256
 _encode = msgspec.json.encode
 _NOTHING: dict[str, Any] = {"model": "", "notes": [], "monitor": None, "requests": {}, "instances": []}
 
@@ -62,8 +62,8 @@ class Frames:
 
     def __init__(self, history: History) -> None:
         self._history = history
-        self._moves, self._ended = Recent(MOST_MOVES, 3), Recent(MOST_ENDED, "age_s")
-        self._events = Recent(MOST_EVENTS, 2)
+        self._moves, self._ended = Recent(MOVES, 3), Recent(ENDS, "age_s")
+        self._events = Recent(EVENTS, 2)
         self._serial = self._epoch = 0
         self._status: Mapping[str, Any] = _NOTHING
         self._now = 0.0
