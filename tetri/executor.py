@@ -25,6 +25,7 @@ from tetri.core.actions import (
     Publish,
     RequestRejected,
     Send,
+    StayRequest,
     Step,
     WorkerInput,
 )
@@ -43,7 +44,7 @@ class Handler(Protocol):
 
 
 class RequestEngine(Protocol):
-    """The part of an engine that schedules requests. `add`, `admit` and `hold` raise EngineError."""
+    """The part of an engine that schedules requests. All but `cancel` raise EngineError."""
 
     def add(self, request: EngineRequest) -> None: ...
 
@@ -52,6 +53,8 @@ class RequestEngine(Protocol):
     def admit(self, key: str, token: int) -> None: ...
 
     def hold(self, key: str, held: bool) -> None: ...
+
+    def stay(self, key: str, decode_key: str) -> None: ...
 
 
 class KV(Protocol):
@@ -87,7 +90,8 @@ class Network(Protocol):
 class WorkerExecutor:
     """Carries out the actions of a worker's core.
 
-    step      runs the engine for up to so many steps; None when the event follows later
+    step      runs the engine for up to so many steps, with a chunk of up to so many tokens; None when the event
+              follows later
     predict   predicts a length; None when the event follows later
     known     the lengths that became known while the engine computed. The core receives them before StepDone, because a
               prompt stops waiting for its length when its last chunk is computed
@@ -100,20 +104,21 @@ class WorkerExecutor:
         engine: RequestEngine,
         kv: KV,
         network: Network,
-        step: Callable[[int], StepDone | None],
+        step: Callable[[int, int | None], StepDone | None],
         predict: Callable[[Predict], LengthKnown | None],
         known: Callable[[], Iterator[LengthKnown]] = lambda: iter(()),
     ) -> None:
         self.core, self.clock = core, clock
         self.table: dict[type[Any], Callable[[Any], WorkerInput | None]] = {
             Send: lambda do: network.send(do.peer, do.message),
-            Step: lambda do: self._after(step(do.most), known),
+            Step: lambda do: self._after(step(do.most, do.chunk), known),
             Export: kv.export,
             Adopt: kv.adopt,
             AddRequest: lambda do: self._try(do.request.key, engine.add, do.request),
             CancelRequest: lambda do: engine.cancel(do.key),
             AdmitRequest: lambda do: self._try(do.key, engine.admit, do.key, do.token),
             HoldRequest: lambda do: engine.hold(do.key, do.held),
+            StayRequest: lambda do: self._try(do.key, engine.stay, do.key, do.decode_key),
             Predict: predict,
             Publish: lambda do: network.publish(do.message),
             Free: lambda do: kv.free(do.handle),

@@ -22,9 +22,10 @@ Address = Annotated[str, Meta(max_length=256)]
 Count = Annotated[int, Meta(ge=0)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 32) - 1)]
 
-ROLES = ("prefill", "decode", "mixed")  # the new work that an instance takes; mixed: both kinds
-PREFILL_ROLES = ("prefill", "mixed")
-DECODE_ROLES = ("decode", "mixed")
+# The new work that an instance takes. mixed: both kinds; auto: both, as far apart as the traffic asks.
+ROLES = ("prefill", "decode", "mixed", "auto")
+PREFILL_ROLES = ("prefill", "mixed", "auto")
+DECODE_ROLES = ("decode", "mixed", "auto")
 
 
 class Record(Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -200,6 +201,26 @@ def _described(value: float) -> str:
     return f"{value:g}"
 
 
+class Slo(Record, frozen=True):
+    """The limits of latency that a request should keep, in seconds; None: no limit of its own. `ttft_s`: from its
+    arrival to its first token; `tpot_s`: on average between two tokens after that."""
+
+    ttft_s: float | None = None
+    tpot_s: float | None = None
+
+
+def slo_problem(slo: Slo) -> str | None:
+    """The first invalid limit, in one line that states what is allowed; None if both are valid."""
+    for name in ("ttft_s", "tpot_s"):
+        value = getattr(slo, name)
+        if value is not None and not 0 < value <= MAX_LIMIT_S:  # also catches NaN
+            return f"{name} must be above 0 and at most {MAX_LIMIT_S:g} seconds, got {value:g}"
+    return None
+
+
+MAX_LIMIT_S = 86400.0
+
+
 class Turn(Record, frozen=True):
     """One message of a conversation; `role` is system, user or assistant."""
 
@@ -208,10 +229,11 @@ class Turn(Record, frozen=True):
 
 
 class Receipt(Record, frozen=True):
-    """What happened to a request's KV.
+    """What happened to a request's KV: prompt_tokens = local + adopted + recomputed.
 
+    local       prompt tokens that were prefilled by the engine that decoded them: their KV did not move
     adopted     prompt tokens whose KV the decode engine received as bytes
-    recomputed  prompt tokens that the decode engine computed itself, after a preemption
+    recomputed  prompt tokens that the decode engine computed again, after a preemption
     kv_bytes    bytes of KV that moved, in `chunks` KV chunks, over the path `transport` ("none": no KV moved). Of
                 choices that share a transfer, the first has these counts and the others zeros
     preempted   number of preemptions
@@ -234,6 +256,7 @@ class Receipt(Record, frozen=True):
     attempts: int = 1
     refetched: int | None = None
     continued: Count = 0
+    local: int | None = None
 
 
 class Usage(Record, frozen=True):

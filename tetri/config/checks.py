@@ -20,8 +20,8 @@ def contradictions(config: Config) -> Iterator[str]:
     for iid in sorted({iid for iid in iids if iids.count(iid) > 1}):
         yield f"worker.iid: {iid!r} is used {iids.count(iid)} times; every worker needs its own"
     for role in ("prefill", "decode"):
-        if not {role, "mixed"} & {worker.role for worker in config.workers}:
-            yield f'worker: at least one [[worker]] with role = "{role}" or "mixed" is needed'
+        if not {role, "mixed", "auto"} & {worker.role for worker in config.workers}:
+            yield f'worker: at least one [[worker]] with role = "{role}", "mixed" or "auto" is needed'
     if config.cluster.dead_s < 3 * config.cluster.heartbeat_s:
         yield f"cluster.dead_s: must be at least three times heartbeat_s ({config.cluster.heartbeat_s:g} s)"
     if config.monitor.gone_s < config.monitor.stale_s:

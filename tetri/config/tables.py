@@ -92,6 +92,15 @@ class GatewayConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SloConfig:
+    """The limits of latency of requests that name none. They are goals: prefill order, chunk size, dispatch and
+    admission work towards them, and `status` shows how many requests keep them. No request ends because of them."""
+
+    ttft_s: float = number(0.0, 0, 86400)  # to the first token; 0: 6 times the prefill alone of the p90 prompt
+    tpot_s: float = number(0.0, 0, 86400)  # between two tokens, on average; 0: 3 times a decode step alone
+
+
+@dataclass(frozen=True, slots=True)
 class ModelConfig:
     """The model that every worker serves."""
 
@@ -218,7 +227,8 @@ class WorkerConfig:
 
     # Its name.
     iid: str = text(REQUIRED, _IID, "1 to 16 of a-z and 0-9, not broker, monitor, gateway or supervisord")
-    role: str = choice(REQUIRED, "prefill", "decode", "mixed")  # the role in which it starts
+    # The role in which it starts. mixed: it does both; auto: both, as far apart from others as the traffic asks.
+    role: str = choice(REQUIRED, "prefill", "decode", "mixed", "auto")
     cpus: str = _cpus()  # the CPUs that it runs on
     gpu: int = number(-1, -1, 63)  # number of the GPU that runs its engine or holds its KV slab; -1: none
 
@@ -230,6 +240,7 @@ class Config:
     cluster: ClusterConfig = ClusterConfig()
     broker: BrokerConfig = BrokerConfig()
     gateway: GatewayConfig = GatewayConfig()
+    slo: SloConfig = SloConfig()
     model: ModelConfig = ModelConfig()
     engine: EngineConfig = EngineConfig()
     emulated: EmulatedConfig = EmulatedConfig()

@@ -92,11 +92,21 @@ class AdmitRequest(Value, frozen=True):
     token: int
 
 
+class StayRequest(Value, frozen=True):
+    """Let a prefill request go on in this engine, as decode request `decode_key`, when its prefill ends: its KV stays
+    where it is. A `RequestRejected` event follows if it cannot."""
+
+    key: str
+    decode_key: str
+
+
 class Step(Value, frozen=True):
     """Run the engine; a `StepDone` event follows. One forward pass, or up to `most` in one go when only decodes run:
-    fewer when a request ends, memory runs out or a message waits."""
+    fewer when a request ends, memory runs out or a message waits. `chunk`: most prompt tokens of the pass; None: as
+    many as the budget of a step has left."""
 
     most: int = 1
+    chunk: int | None = None
 
 
 class HoldRequest(Value, frozen=True):
@@ -245,7 +255,7 @@ class Adopted(Value, frozen=True):
 
 NetworkAction = Send | Connect | Disconnect | Publish
 BrokerAction = Reply | Detokenize | Release
-EngineAction = AddRequest | CancelRequest | AdmitRequest | HoldRequest | Step | Predict
+EngineAction = AddRequest | CancelRequest | AdmitRequest | HoldRequest | StayRequest | Step | Predict
 Action = NetworkAction | BrokerAction | EngineAction | Export | Adopt | Free
 BrokerInput = FromClient | Submitted | Detokenized | Undelivered | PeerUp | PeerDown | WorkerEvent | ClusterView
 MonitorInput = LoadReport | PeerUp | PeerDown

@@ -7,12 +7,14 @@ prefill  Computes KV for all of `tokens`, in chunks, oldest request first. The s
          yields one token, and one for each of its `siblings`, and ends the engine request. `export` can read its blocks
          until the next `step` or `cancel`.
          While it is held (`hold`), no step computes any of it; it keeps its blocks and its place in the order.
+         One that is to `stay` does not end: that step turns it into a decode request that has its KV already, in its
+         own blocks, and waits for `admit`. It ends as any other if its token ends the text.
 decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`), receives their KV by `adopt`, and runs
          after `admit`, which passes the token that follows `tokens`. The engine does not compute `tokens` again,
          unless it preempts the engine request; the spans show that. It can be held once it is admitted.
 
 A step computes at most `chunk_tokens` positions. Each running decode request gets one token, so prefill never delays
-decode by a step. The rest of the budget goes to one chunk of prefill tokens. `chunk_tokens` must be larger than the
+decode by a step. The rest of the budget, or less if the step is limited (`chunk`), goes to one chunk of prefill tokens. `chunk_tokens` must be larger than the
 batch, or prefill would make no progress. The chunk may be smaller when a preempted request is computed again.
 
 When the model computes no valid number for a request (NaN), the step ends that engine request with an error instead of
@@ -76,10 +78,15 @@ class Engine(Protocol):
         """Exclude a request from the next steps, or include it again. It keeps its blocks and its place. An unknown key
         is no error. Raises EngineError for a decode request that is not admitted."""
 
-    def step(self, most: int = 1) -> StepDone:
+    def stay(self, key: str, decode_key: str) -> None:
+        """Let a prefill request without siblings go on here, as decode request `decode_key`, when its prefill ends.
+        Raises EngineError when it cannot."""
+
+    def step(self, most: int = 1, chunk: int | None = None) -> StepDone:
         """Run one forward pass, or an idle pass that only allocates. Blocks until it is done. When only decode
         requests run, the engine may run up to `most` passes; it stops after a pass in which a request ends and before
-        one that lacks memory. The number of passes does not change the tokens."""
+        one that lacks memory. The number of passes does not change the tokens. `chunk`: most prefill tokens; None: as
+        many as the budget has left."""
 
     def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
         """Copy blocks [start, stop) of an engine request into buffers of `block_bytes` each."""

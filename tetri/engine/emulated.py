@@ -89,6 +89,7 @@ class EmulatedEngine:
         self.free = list(range(capacity.blocks))
         self.contents: dict[str, Content] = {}  # by key, for the engine requests of `paged`
         self.logprobs: dict[str, list[Token]] = {}  # by key, where asked for: the tokens of this step
+        self.stays: dict[str, str] = {}  # prefill requests that go on here: key -> their key as decode requests
         self.left: dict[str, list[int]] = {}  # by key: blocks of requests that ended in the last step, still readable
         self.fingerprint = Fingerprint(
             engine="emulated",
@@ -116,6 +117,7 @@ class EmulatedEngine:
     def cancel(self, key: str) -> None:
         self.paged.cancel(key)
         self.left.pop(key, None)
+        self.stays.pop(key, None)
         content = self.contents.pop(key, None)
         if content is not None:
             self._release(content)
@@ -127,10 +129,14 @@ class EmulatedEngine:
     def hold(self, key: str, held: bool) -> None:
         self.paged.hold(key, held)
 
+    def stay(self, key: str, decode_key: str) -> None:
+        self.paged.stay(key, decode_key)
+        self.stays[key] = decode_key
+
     # ------------------------------------------------------------ a step
 
-    def step(self, most: int = 1) -> StepDone:
-        plan, start = self.plan(most), self.clock()
+    def step(self, most: int = 1, chunk: int | None = None) -> StepDone:
+        plan, start = self.plan(most, chunk), self.clock()
 
         def ends(passes: int) -> bool:
             """Let the rest of the time of the last pass go by; whether a message waits."""
@@ -139,10 +145,10 @@ class EmulatedEngine:
 
         return self._finish(plan, self._compute_passes(plan, plan.steps, ends))
 
-    def plan(self, most: int = 1) -> StepPlan:
+    def plan(self, most: int = 1, chunk: int | None = None) -> StepPlan:
         """As `Paged.plan`. For the simulator, which lets the time go by itself before it calls `run`."""
         self.left.clear()
-        plan = self.paged.plan(most)
+        plan = self.paged.plan(most, chunk)
         for key in plan.preempted:
             self._release(self.contents[key])
         for key in plan.allocated:
@@ -163,6 +169,11 @@ class EmulatedEngine:
                 content = self.contents.pop(sampled.key, None)
                 if content is None:
                     continue  # a sibling
+                decode_key = self.stays.pop(sampled.key, "")
+                if decode_key in self.paged.slots:
+                    content.tokens.pop()  # `admit` brings it
+                    self.contents[decode_key] = content
+                    continue
                 self.left[sampled.key] = content.blocks
                 self._release(content)
         return done

@@ -117,14 +117,21 @@ class Paged:
         elif not slot.held and slot not in self._preempted:
             self._enter(slot)
 
+    def stay(self, key: str, decode_key: str) -> None:
+        """As in `Engine`."""
+        slot = self.slots.get(key)
+        if slot is None or slot.request.phase == "decode" or slot.request.siblings or decode_key in self.slots:
+            raise EngineError(f"engine request {key} cannot go on as {decode_key}")
+        slot.stays = decode_key
+
     # ------------------------------------------------------------ a step
 
-    def plan(self, most: int = 1) -> StepPlan:
+    def plan(self, most: int = 1, chunk_tokens: int | None = None) -> StepPlan:
         """Allocate the blocks for the next pass; returns what runs in it, or in up to `most` passes."""
         allocated = self._allocate() if self._parked else ()
         preempted = self._grow() if self._short else ()
         again = self._resume() if self._preempted and not preempted else ()
-        chunk = self._chunk(again) if self._prefills else ()
+        chunk = self._chunk(again, chunk_tokens) if self._prefills else ()
         steps = 1
         if most > 1 and self._batch and not (allocated or preempted or again or chunk):
             steps = self._affordable(min(most, self._passes()))
@@ -141,9 +148,13 @@ class Paged:
                 keys = (slot.key, *(key for key, _ in slot.request.siblings))
                 (firsts,) = ids([slot], len(keys))
                 slot.known += 1
-                tokens += [self._sampled(key, slot, (first,)) for key, first in zip(keys, firsts, strict=True)]
+                first_tokens = [self._sampled(key, slot, (first,)) for key, first in zip(keys, firsts, strict=True)]
+                tokens += first_tokens
                 self._prefills.remove(slot)
-                self._remove(slot)
+                if slot.stays and first_tokens[0].reason is None:
+                    self._turn(slot)
+                else:
+                    self._remove(slot)
         held: tuple[tuple[str, int], ...] = ()
         if self._resized:
             size = self.capacity.block_tokens
@@ -198,8 +209,9 @@ class Paged:
             again.append(Span(slot.key, 0, slot.known))
         return tuple(again)
 
-    def _chunk(self, again: tuple[Span, ...]) -> tuple[Span, ...]:
+    def _chunk(self, again: tuple[Span, ...], most: int | None) -> tuple[Span, ...]:
         budget = self.capacity.chunk_tokens - len(self._batch) - sum(span.stop - 1 for span in again)
+        budget = budget if most is None else min(budget, most)
         spans = []
         for slot in self._prefills:
             if budget <= 0 or not self._extend(slot, slot.known):
@@ -264,6 +276,17 @@ class Paged:
         if reason is None and slot.known >= slot.end:
             reason = "length"
         return Sampled(key, ids, reason)
+
+    def _turn(self, slot: Slot) -> None:
+        """Make a decode request that waits for `admit` of a prefill request that stays. `admit` counts its token."""
+        del self.slots[slot.key]
+        if slot.key in self._resized:
+            self._resized[slot.stays] = self._resized.pop(slot.key)
+        slot.request = EngineRequest(
+            slot.stays, "decode", slot.request.tokens, slot.request.output_from, slot.request.sampling
+        )
+        slot.key, slot.ready, slot.known = slot.stays, True, slot.known - 1
+        self.slots[slot.key] = slot
 
     def _remove(self, slot: Slot) -> None:
         del self.slots[slot.key]

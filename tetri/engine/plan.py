@@ -29,6 +29,7 @@ class Slot:
     done: int = 0
     held_tokens: int = 0
     mark: int = 0
+    stays: str = ""  # of a prefill request: its key as a decode request here, when its prefill has ended
     ready: bool = False  # a decode request that has its blocks and waits for `admit`
     admitted: int = 0
     running: bool = False

@@ -10,7 +10,7 @@ from tetri.engine_request import HiddenStateEstimate, StepDone
 from tetri.predict.serve import EstimatorHead
 
 
-def estimating(engine: Engine, head: EstimatorHead) -> Callable[[int], StepDone]:
+def estimating(engine: Engine, head: EstimatorHead) -> Callable[[int, int | None], StepDone]:
     """Return the engine's `step`, extended by `StepDone.estimates`. Raises EngineError when the engine has no hidden
     states, and PredictError when the head is for hidden states of another size."""
     if not isinstance(engine, SupportsHiddenStates):
@@ -23,8 +23,8 @@ def estimating(engine: Engine, head: EstimatorHead) -> Callable[[int], StepDone]
         hook.close()  # with kind `auto`, the engine serves without the head
         raise
 
-    def step(most: int = 1) -> StepDone:
-        done = engine.step(most)
+    def step(most: int = 1, chunk: int | None = None) -> StepDone:
+        done = engine.step(most, chunk)
         found = estimates(hook, head)
         return done.changed(estimates=found) if found else done
 

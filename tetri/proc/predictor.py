@@ -150,7 +150,7 @@ class PredictorServing:
     def __init__(
         self,
         expected: Expected,
-        step: Callable[[int], StepDone],
+        step: Callable[[int, int | None], StepDone],
         classifier: RunningClassifier | None = None,
         head: Steady | None = None,
     ) -> None:
@@ -194,7 +194,7 @@ def serving_of(
     If the engine has no hidden states for a predictor that reads them, `auto` falls back to the prior; any other kind
     raises ConfigError. Also raises ModelError and TextError, of the tokeniser."""
     head: Steady | None = None
-    step: Callable[[int], StepDone] = engine.step
+    step: Callable[[int, int | None], StepDone] = engine.step
     if predictor.hidden is not None:
         head = Steady(predictor.hidden, logger)
         try:

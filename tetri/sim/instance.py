@@ -108,8 +108,8 @@ class SimulatedPredictor:
 class SimEngine(RequestEngine, Protocol):
     """An engine whose steps take virtual time: the simulator plans a step, waits, then runs it."""
 
-    def plan(self, most: int = 1) -> StepPlan:
-        """Plan at most `most` passes."""
+    def plan(self, most: int = 1, chunk: int | None = None) -> StepPlan:
+        """Plan at most `most` passes, the only one with a chunk of at most `chunk` tokens."""
         ...
 
     def run(self, plan: StepPlan, steps: int) -> StepDone:
@@ -189,9 +189,9 @@ class WorkerNode(Node):
 
     # ------------------------------------------------------------ the engine
 
-    def step(self, most: int) -> StepDone | None:
+    def step(self, most: int, chunk: int | None) -> StepDone | None:
         """Start a run of at most `most` passes. Returns its result if it takes no time, else None."""
-        plan = self.engine.plan(most)
+        plan = self.engine.plan(most, chunk)
         seconds = plan.seconds(plan.steps) or self.idle_s
         if seconds == 0.0:
             return self._finish(plan, plan.steps)

@@ -67,6 +67,14 @@ class Scripted(Paged):
         super().cancel(key)
         self._scripts.pop(key, None)
 
+    def _turn(self, slot: Slot) -> None:
+        prefill = self._scripts.get(slot.key)
+        super()._turn(slot)
+        if prefill is not None:  # `run` drops the one of the prefill
+            script = self._scripts[slot.key] = Script(prefill.text, slot)
+            if self.estimates_lengths:
+                script.move_to(slot.known - slot.request.output_from + 1)
+
     def run(self, plan: StepPlan, steps: int) -> StepDone:
         """Carry out the first `steps` passes of the plan and return their result."""
         done = self.finish(plan, steps, self._ids)

@@ -66,6 +66,7 @@ class Setup:
     prefill: int = 1
     decode: int = 1
     mixed: int = 0
+    auto: int = 0
     rules: Rules = Rules()
     expected: Expected | None = None
     link_bytes_s: float = inf
@@ -123,8 +124,8 @@ def _problem(setup: Setup) -> str | None:
     if not setup.link_bytes_s > 0:
         return f"link_bytes_s must be above 0, got {setup.link_bytes_s:g}"
     for role in ("prefill", "decode"):
-        if not getattr(setup, role) + setup.mixed:
-            return f"there is no {role} instance: give {role} or mixed at least 1"
+        if not getattr(setup, role) + setup.mixed + setup.auto:
+            return f"there is no {role} instance: give {role}, mixed or auto at least 1"
     capacity = setup.capacity()
     if capacity.max_batch >= capacity.chunk_tokens:
         return f"max_batch must be below chunk_tokens ({capacity.chunk_tokens}): a step also needs tokens for prompts"
@@ -146,7 +147,7 @@ def _problem(setup: Setup) -> str | None:
 
 
 _LEAST: dict[str, float] = {
-    **dict.fromkeys(("prefill", "decode", "mixed", "kv_tokens", "chunk_tokens", "context", "slots"), 0),
+    **dict.fromkeys(("prefill", "decode", "mixed", "auto", "kv_tokens", "chunk_tokens", "context", "slots"), 0),
     **dict.fromkeys(("link_latency_s", "warm_s"), 0),
     **dict.fromkeys(("block_tokens", "max_batch", "stream_interval"), 1),
     **dict.fromkeys(("load_s", "stale_s", "heartbeat_s", "stall_s"), 0.001),

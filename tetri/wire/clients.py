@@ -11,6 +11,7 @@ from tetri.request import (
     PredictorStatus,
     Receipt,
     Record,
+    Slo,
     StepRatio,
     Token,
     Turn,
@@ -26,7 +27,8 @@ class Submit(Record, tag="submit", frozen=True):
     """Submits a request with exactly one of `prompt` (text or token ids) and `messages` (a conversation). The client
     draws `key` at random: a Submit with a known key is a repetition, not a second request. It draws `secret` at random
     too, and shows it again to get at the request later. `n`: number of choices, each an output of its own; one prefill
-    serves them all. `default_tokens`: the limit of the output if `sampling.max_tokens` is None, where so many fit."""
+    serves them all. `default_tokens`: the limit of the output if `sampling.max_tokens` is None, where so many fit.
+    `slo`: its limits of latency; where it names none, those of the deployment hold."""
 
     key: Name
     secret: Name
@@ -36,6 +38,7 @@ class Submit(Record, tag="submit", frozen=True):
     deadline_s: float | None = None  # seconds from arrival; past it the request ends with reason "deadline"
     n: Positive = 1
     default_tokens: Positive = DEFAULT_TOKENS
+    slo: Slo = Slo()
 
 
 class Cancel(Record, tag="cancel", frozen=True):

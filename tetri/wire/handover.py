@@ -48,7 +48,7 @@ class Handle(Record, frozen=True):
 class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`, and as many
     again for each of its `siblings`. The answer, for all of them, is Grant, Defer or Refuse. `alone`: as in Assign.
-    `canary`: it comes after all other offers."""
+    `canary`: it comes after all other offers. `tpot_s`: its limit of the mean time between two tokens."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -60,6 +60,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     alone: bool = False
     siblings: list[Sibling] = []
     canary: bool = False
+    tpot_s: float | None = None
 
     def choices(self) -> list[Offer]:
         """Return the offer of each choice as if it were alone."""

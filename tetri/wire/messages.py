@@ -11,7 +11,7 @@ from __future__ import annotations
 from msgspec import Struct
 
 from tetri.instance import Instance
-from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Stage, StepRatio, Token
+from tetri.request import Count, Name, PredictorStatus, Receipt, Record, Sampling, Slo, Stage, StepRatio, Token
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse, Sibling
 from tetri.wire.load import Load
 from tetri.wire.observation import Activity, EngineStep, TraceEvent
@@ -168,12 +168,14 @@ class InstanceLoad(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 class ClusterView(Record, tag="view", frozen=True):
     """The load of all instances that report, published every `load_ms` and at once after a role change. A higher
     `number` replaces a lower one of the same `epoch` (the monitor's incarnation). `flip`: name of the monitor's flip
-    policy."""
+    policy. `keeps`: the phase, prefill or decode, that an instance in the role auto should keep to for now; the others
+    in that role do both."""
 
     epoch: int
     number: Count
     loads: list[InstanceLoad]
     flip: str = "none"
+    keeps: dict[Name, str] = {}
 
 
 # ---- to a worker's inbox
@@ -186,7 +188,8 @@ class Assign(Record, tag="assign", frozen=True):
     now. `avoid`: as in the Failed of earlier attempts. `siblings`: choices with the same prompt and no output yet: one
     prefill and one transfer serve all. Every report names each choice on its own, by its id as `rid`. `pinned`: the
     only decode instance to offer it to, "" for the dispatcher's choice. Such a request is a canary: it comes after all
-    others and is given up when that instance refuses it."""
+    others and is given up when that instance refuses it. `slo`: its limits, those of the deployment if it has none of
+    its own; `ttft_s` is what is left of it, negative when the first token is late."""
 
     rid: Name
     attempt: Count
@@ -199,6 +202,7 @@ class Assign(Record, tag="assign", frozen=True):
     avoid: list[Name] = []
     siblings: list[Sibling] = []
     pinned: Name = ""
+    slo: Slo = Slo()
 
 
 class Proceed(Record, tag="proceed", frozen=True):
