@@ -280,8 +280,7 @@ class Paged:
     def _turn(self, slot: Slot) -> None:
         """Make a decode request that waits for `admit` of a prefill request that stays. `admit` counts its token."""
         del self.slots[slot.key]
-        if slot.key in self._resized:
-            self._resized[slot.stays] = self._resized.pop(slot.key)
+        self._resized.pop(slot.key, None)
         slot.request = EngineRequest(
             slot.stays, "decode", slot.request.tokens, slot.request.output_from, slot.request.sampling
         )
