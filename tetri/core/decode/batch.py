@@ -168,7 +168,7 @@ class Batch:
             return 1
         if self._steps_left <= 0:
             self._steps_left = min(map(self.forecast.until_moved, self.running.values()), default=NEVER)
-        step_s = self.own.cost.decode_s(len(self.running), self.forecast.context)
+        step_s = self.forecast.cost.decode_s(len(self.running), self.forecast.context)
         if step_s:
             most = min(most, int(seconds / step_s) + 1)
         return max(min(most, self._steps_left), 1)

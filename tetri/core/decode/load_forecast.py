@@ -8,6 +8,7 @@ from tetri.core.actions import Broken
 from tetri.core.decode.request import NEVER, DecodeRequest
 from tetri.core.instance.identity import Identity
 from tetri.core.length.estimator import LengthEstimator
+from tetri.cost import CorrectedCost
 from tetri.policy.length import end_of, heavy, moved_up
 from tetri.request import LengthRange, blocks_for
 
@@ -25,8 +26,8 @@ class LoadForecast:
     least this far, otherwise the next range of the same width.
     """
 
-    def __init__(self, own: Identity, estimator: LengthEstimator | None = None) -> None:
-        self.own, self.estimator = own, estimator
+    def __init__(self, own: Identity, cost: CorrectedCost, estimator: LengthEstimator | None = None) -> None:
+        self.own, self.cost, self.estimator = own, cost, estimator
         self.requests = self.heavy = self.growth = self.left = self.context = 0
 
     def enter(self, request: DecodeRequest) -> None:
@@ -82,7 +83,7 @@ class LoadForecast:
         batch = min(self.requests, self.own.capacity.max_batch)
         if not batch:
             return 0.0
-        return self.own.cost.decode_run_s(batch, self.context * batch // self.requests, -(-self.left // batch))
+        return self.cost.decode_run_s(batch, self.context * batch // self.requests, -(-self.left // batch))
 
     def _predict(self, request: DecodeRequest) -> None:
         """Set the predicted ends of a request, at least one token from now. Once it has written more than the end
@@ -118,7 +119,7 @@ class LoadForecast:
     def check(self, requests: Iterable[DecodeRequest]) -> None:
         """Raise Broken when a sum is wrong or a request has written more than predicted."""
         now = (self.requests, self.heavy, self.growth, self.left, self.context)
-        fresh = LoadForecast(self.own)
+        fresh = LoadForecast(self.own, self.cost)
         for request in requests:
             fresh.requests += 1
             fresh.context += request.size

@@ -31,6 +31,7 @@ from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
 from tetri.core.worker.load_report import LoadReporter
 from tetri.core.worker.lone_steps import LoneSteps
+from tetri.cost import CorrectedCost
 from tetri.engine_request import Span, StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
@@ -54,14 +55,16 @@ class Worker:
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.estimator = None if own.expected is None else LengthEstimator(own)
         self.activity = ActivityLog(now)
-        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator, self.activity)
+        self.cost = CorrectedCost(own.cost)
+        shared = (self.estimator, self.activity, self.cost)
+        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, *shared)
         self.dispatcher = self.prefill.dispatcher
-        self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator, self.activity)
+        self.decode = DecodeScheduler(own, self.ledger, self.peers, *shared)
         self.hand_overs = self.decode.hand_overs
         self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
-        self.reporter = LoadReporter(self.prefill, self.decode, self.activity, now)
+        self.reporter = LoadReporter(self.prefill, self.decode, self.activity, self.cost, now)
         self.dispatcher.pool.home = self.reporter.home
         self._step_at = now
         self._fewer = False  # the batch has lost a request since the step was planned
