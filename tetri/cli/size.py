@@ -155,9 +155,10 @@ def _configured(conf: Path | None, overrides: Overrides) -> Setup:
     from tetri.sim.setup import Setup
 
     config = load(conf or os.environ.get("TETRI_CONF") or default_path(), overrides)
-    table = build.predicted(config)
-    if not config.engine.cost:
-        raise click.UsageError("the configuration has no cost table (engine.cost): give --cost, or make one by profile")
+    table = build.table(config)
+    if table is None:
+        advice = "give --cost, with a file that tetri-cli profile --kept lists or makes"
+        raise click.UsageError(f"the configuration names no cost table (engine.cost): {advice}")
     link = build.link(config)
     return Setup(
         cost=table,
