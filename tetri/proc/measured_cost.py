@@ -16,9 +16,11 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
+from glob import escape
 from logging import Logger
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 
@@ -40,9 +42,10 @@ def folder() -> Path:
     return cache() / "cost"
 
 
-def kept() -> list[Path]:
-    """The files of all tables that are kept. Raises ModelError."""
-    return sorted(folder().glob("*.toml"))
+def kept(model: str = "") -> list[Path]:
+    """The files of the tables that are kept, of one model or of all, the newest first. Raises ModelError."""
+    name = f"{Path(model).name}-" if model else ""
+    return sorted(folder().glob(f"{escape(name)}*.toml"), key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def path_of(engine: Engine, config: Config) -> Path:
@@ -73,15 +76,11 @@ def described(engine: Engine, config: Config) -> str:
     return f"{name} {mark.version}, {model} {mark.dtype}, {count} of {processor()} ({mark.isa})"
 
 
-def with_properties(table: Cost, engine: Engine, source: str) -> Cost:
-    """A fitted table with the KV sizes of its engine."""
-    block_bytes, block_tokens = engine.fingerprint.block_bytes, engine.capacity.block_tokens
-    return dataclasses.replace(
-        table,
-        kv_token_bytes=block_bytes // block_tokens,
-        kv_tokens=engine.capacity.blocks * block_tokens,
-        source=source,
-    )
+def kv_of(engine: Engine) -> dict[str, Any]:
+    """The keys of a cost table that describe the KV of this engine."""
+    capacity = engine.capacity
+    token_bytes = engine.fingerprint.block_bytes // capacity.block_tokens
+    return {"kv_token_bytes": token_bytes, "kv_tokens": capacity.tokens}
 
 
 def keep(table: Cost, path: Path, comments: Sequence[str]) -> None:
@@ -199,4 +198,4 @@ def _measured(engine: Engine, config: Config, clock: Callable[[], float], logger
     logger.info("the cost table was %s", took)
     source = f"{described(engine, config)}, {time.strftime('%Y-%m-%d')}, at a worker's start"
     comment = f"By a worker at its start: {took}. docs/cost.md says what each key means."
-    return with_properties(made.cost, engine, source), comment
+    return dataclasses.replace(made.cost, **kv_of(engine), source=source), comment
