@@ -136,7 +136,7 @@ def test_predictions_are_corrected_by_the_ratios():
     ratios(told, [5 * (5 + 0.5 * 3 * 3 * turn + 0.25 * (10 + turn)) for turn in range(3)])
     told.step()
     load = told.heartbeat().load
-    assert load.queued_s == pytest.approx(5 * STEPS.prompt_s(13, 13 - load.queued_tokens, 4)) and 0 < load.queued_s
+    assert load.queued_s == pytest.approx(5 * STEPS.prompt_s(13, 13 - load.queued_tokens, 4)) and load.queued_s > 0
 
 
 @pytest.mark.parametrize("changes", [{"compares_steps": False}, {"cost": Cost()}])

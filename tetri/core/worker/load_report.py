@@ -10,11 +10,11 @@ from tetri.core.decode.scheduler import DecodeScheduler
 from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.scheduler import PrefillScheduler
-from tetri.cost import CorrectedCost
+from tetri.cost import CURVES, CorrectedCost, Cost
 from tetri.engine_request import StepDone
 from tetri.request import StepRatio
 from tetri.wire.load import Load
-from tetri.wire.messages import Heartbeat, Hold, LoadReport, Ready
+from tetri.wire.messages import CostTable, Heartbeat, Hold, LoadReport, Ready
 
 LISTED = 1000  # most requests that a heartbeat lists, on average
 LEAST, MOST = 3, 31  # steps of a phase that were compared before it has a ratio, and the last ones that count
@@ -64,6 +64,11 @@ class StepTimes:
         found = StepRatio(**{phase: _median(ratios) for phase, ratios in self._ratios.items()})
         self.cost.correct(found.prefill, found.decode)
         return found
+
+
+def _table(cost: Cost) -> CostTable:
+    curves = {name: [[*pair] for pair in getattr(cost, name)] for name in CURVES}
+    return CostTable(**curves, prefill_start_s=cost.prefill_start_s, decode_context_s=cost.decode_context_s)
 
 
 def _median(ratios: deque[float]) -> float | None:
@@ -142,7 +147,8 @@ class LoadReporter:
 
     def ready(self) -> Send:
         """The registration with the broker."""
-        return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
+        table = _table(self.own.cost) if self.own.compares_steps else None
+        return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load(), cost=table))
 
     def heartbeat(self) -> Send:
         """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status,
