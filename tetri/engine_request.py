@@ -32,6 +32,10 @@ class EngineRequest(Value, frozen=True):
     sampling: Sampling
     siblings: tuple[tuple[str, int], ...] = ()
 
+    def as_decode(self, key: str) -> EngineRequest:
+        """Return the decode request that a prefill request becomes when it stays."""
+        return EngineRequest(key, "decode", self.tokens, self.output_from, self.sampling)
+
 
 # Records, because millions of them are made: a dataclass takes six times as long to create.
 

@@ -14,8 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from tetri.engine.base import EngineError, EngineRequest, HiddenStateHook, Sampled, Span, StepDone
 from tetri.engine.vllm.sampler import GREEDY_BELOW, vllm_params
 from tetri.engine.vllm.setup import (
@@ -313,8 +311,8 @@ class VllmEngine:
         is a new request, as one whose KV has arrived: so it gets the tokens that it would get elsewhere, and while it
         waits it takes none of vLLM's places for running requests."""
         key, freed = live.stays, self._connector.record.freed.pop(live.engine_request.key)
-        made = self._live_request(replace(live.engine_request, key=key, phase="decode"), live.outputs_left)
-        self._scheduler.take_back(made.request, freed)
+        made = self._live_request(live.engine_request.as_decode(key), live.outputs_left)
+        self._scheduler.add_parked(made.request, freed)
         made.parked = True
         self._parked += 1
         self._requests[key], self._reported[key] = made, reported
