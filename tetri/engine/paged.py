@@ -287,8 +287,7 @@ class Paged:
     def _turn(self, slot: Slot) -> None:
         """Make a decode request that waits for `admit` of a prefill request that stays. `admit` counts its token."""
         del self.slots[slot.key], self._stays[slot.stays]
-        if slot.key in self._resized:
-            self._resized[slot.stays] = self._resized.pop(slot.key)
+        self._resized.pop(slot.key, None)
         slot.request = slot.request.as_decode(slot.stays)
         slot.key, slot.stays, slot.ready, slot.known = slot.stays, "", True, slot.known - 1
         self.slots[slot.key] = slot
