@@ -42,6 +42,7 @@ class Dispatcher:
         self.peers = peers
         self.offers: dict[int, str] = {}  # open offer -> request key
         self.deferred: dict[int, None] = {}  # those of them that wait for memory
+        self.keeping: dict[str, PrefillRequest] = {}  # those whose KV has slots of the own slab (kv_send.py)
         self.unplaceable: dict[str, PrefillRequest] = {}  # too large for every connected decode instance
         self._unplaced: list[tuple[int, str]] = []  # turn and key, sorted; may contain requests that are placed or gone
         self._targets: dict[str, dict[int, None]] = {}  # instance -> open offers
@@ -195,8 +196,8 @@ class Dispatcher:
     def _stay(self, request: PrefillRequest, decode_key: str) -> list[Action]:
         """Let a request decode here, without a copy of its KV. What has left the engine already is of no use."""
         self.activity.happened("granted", request.lead, self.own.iid)
-        freed = [Free(handle) for handle in request.flow.drain()]
-        request.flow.stay(decode_key)
+        self.keeping.pop(request.key, None)
+        freed = [Free(handle) for handle in request.flow.stay(decode_key)]
         return [StayRequest(request.key, decode_key), *freed]
 
     def request_of(self, answer: BetweenWorkers) -> PrefillRequest | None:

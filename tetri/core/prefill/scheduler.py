@@ -295,7 +295,7 @@ class PrefillScheduler:
         self.queue.stop(request)
         self.queue.leave(request)
         self.ledger.hand_on(request.key, flow.stays)
-        flow.landed = flow.blocks
+        flow.stayed()
         self.dispatcher.timers.clear(request.key)
         return home.land(flow.stays, token)
 
