@@ -70,6 +70,11 @@ class Dispatcher:
             return []
         return [Send(request.flow.target, LengthUpdate(**self.address(request), length=length))]
 
+    @property
+    def decodes_here(self) -> bool:
+        """Whether this instance decodes too."""
+        return self.pool.home is not None and self.pool.home.load() is not None
+
     def stalled(self) -> bool:
         """Return whether a started request waits for memory of a decode instance."""
         first = self._first_unplaced()
@@ -134,7 +139,7 @@ class Dispatcher:
 
         A retry helps on another prefill instance, or here behind the requests that this one `holds_up`. Otherwise the
         request waits for `patience_s`: retries on this instance would only use up its attempts."""
-        own, decodes = self.own, self.pool.home is not None and self.pool.home.load() is not None
+        own, decodes = self.own, self.decodes_here
         found: list[tuple[PrefillRequest, str, bool]] = []
         for request in self.unplaceable.values():
             assert request.unplaceable_since is not None
@@ -256,7 +261,7 @@ class Dispatcher:
         that the decode instance keeps it."""
         self.pool.refresh()
         need = self._need(request)
-        if self.peers.informed and self.pool.has_memory(need.blocks):
+        if self.peers.informed:
             others = [request.flow.target, *self._excluded(request, now)]
             better = self.pool.choose(request, need, others, self.rng)
             if better is not None:

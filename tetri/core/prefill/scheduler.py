@@ -154,7 +154,7 @@ class PrefillScheduler:
         """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine.
 
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
-        may use the reserve."""
+        may use the reserve. One that stays here needs no slots, and goes on at once."""
         self.budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
         prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
@@ -162,7 +162,10 @@ class PrefillScheduler:
         if self.queue.short and not self.dispatcher.waiting():
             keys = [prompts[0].key]
         fresh = [self.requests[key] for key in keys if not self.requests[key].running]
-        return [action for request in fresh for action in self._start(request, now)]
+        actions = [action for request in fresh for action in self._start(request, now)]
+        if self.queue.short and any(request.flow.stays for request in fresh):
+            self._choose(prompts)
+        return actions
 
     def _choose(self, prompts: list[Progress]) -> None:
         slots, self.expected = self.kv_send.spare(), []
@@ -239,7 +242,7 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ what the step did
 
-    def step_done(self, done: StepDone, now: float, *, strained: bool) -> list[Action]:
+    def step_done(self, done: StepDone, *, strained: bool) -> list[Action]:
         """Report first tokens, then export the KV blocks that this chunk completed.
 
         `strained`: memory was short, or the engine computed a preempted decode again, so it may have run more or fewer
@@ -252,7 +255,7 @@ class PrefillScheduler:
             self.queue.computed(request, span.stop)
             self.activity.computed("chunk", request.lead, span.start, span.stop)
         actions = self._first_tokens(done.tokens)
-        actions += self.lengths.stepped(planned, done.estimates, now)
+        actions += self.lengths.stepped(planned, done.estimates)
         for span in done.spans:
             actions += self.kv_send.export(self.requests[span.key])
         for key in done.preempted:
