@@ -157,7 +157,7 @@ class PrefillScheduler:
         """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine.
 
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
-        may use the reserve."""
+        may use the reserve. One that stays here needs no slots, and goes on at once."""
         self.budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
         prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
@@ -165,7 +165,10 @@ class PrefillScheduler:
         if self.queue.short and not self.dispatcher.waiting():
             keys = [prompts[0].key]
         fresh = [self.requests[key] for key in keys if not self.requests[key].running]
-        return [action for request in fresh for action in self._start(request, now)]
+        actions = [action for request in fresh for action in self._start(request, now)]
+        if self.queue.short and any(request.flow.stays for request in fresh):
+            self._choose(prompts)
+        return actions
 
     def in_order(self) -> Iterator[PrefillRequest]:
         """Yield the queued requests in the order in which their prompts are computed, as far as it is known."""
@@ -249,7 +252,7 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ what the step did
 
-    def step_done(self, done: StepDone, now: float, *, strained: bool) -> list[Action]:
+    def step_done(self, done: StepDone, *, strained: bool) -> list[Action]:
         """Report first tokens, then export the KV blocks that this chunk completed.
 
         `strained`: memory was short, or the engine computed a preempted decode again, so it may have run more or fewer
@@ -262,7 +265,7 @@ class PrefillScheduler:
             self.queue.computed(request, span.stop)
             self.activity.computed("chunk", request.lead, span.start, span.stop)
         actions = self._first_tokens(done.tokens)
-        actions += self.lengths.stepped(planned, done.estimates, now)
+        actions += self.lengths.stepped(planned, done.estimates)
         for span in done.spans:
             actions += self.kv_send.export(self.requests[span.key])
         for key in done.preempted:
@@ -305,7 +308,7 @@ class PrefillScheduler:
         self.queue.stop(request)
         self.queue.leave(request)
         self.ledger.hand_on(request.key, flow.stays)
-        flow.landed = flow.blocks
+        flow.stayed()
         self.dispatcher.timers.clear(request.key)
         return home.land(flow.stays, token)
 

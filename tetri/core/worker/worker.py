@@ -115,7 +115,7 @@ class Worker:
             case Close():
                 return self._closed(event)
             case LengthKnown():
-                return self.prefill.lengths.known(event, now)
+                return self.prefill.lengths.known(event, now, stepping=self.stepping)
             case Drop():
                 return self.hand_overs.drop(event)
             case Resend():
@@ -268,7 +268,7 @@ class Worker:
         if prefilled is not None:
             strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
             strained = strained or any(span.key in batch.preempted for span in done.spans)
-            actions += self.prefill.step_done(prefilled, now, strained=strained)
+            actions += self.prefill.step_done(prefilled, strained=strained)
         # Also for requests that end in this step: accuracy is judged by their last estimate.
         for estimate in decoded.estimates:
             self.decode.estimates(estimate)
@@ -277,6 +277,7 @@ class Worker:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
+        actions += self.prefill.lengths.place(now)
         self.idle = not (done.spans or done.tokens or done.allocated or self._way_out())
         return actions
 
