@@ -69,6 +69,7 @@ DEFAULT_TOKENS = 128  # output tokens of a request that names no limit, where so
 
 
 MAX_CHOICES = 16  # of one request
+MAX_DEADLINE_S, MAX_LIMIT_S = 1e6, 86400.0  # the longest deadline, and the longest limit of latency
 MAX_LOGPROBS = 20  # most likely tokens at each place of the output
 
 
@@ -216,9 +217,6 @@ def slo_problem(slo: Slo) -> str | None:
         if value is not None and not 0 < value <= MAX_LIMIT_S:  # also catches NaN
             return f"{name} must be above 0 and at most {MAX_LIMIT_S:g} seconds, got {value:g}"
     return None
-
-
-MAX_LIMIT_S = 86400.0
 
 
 class Turn(Record, frozen=True):

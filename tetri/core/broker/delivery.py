@@ -12,10 +12,19 @@ from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, 
 from tetri.core.broker.connections import Connections
 from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import TEXT_BYTES, Choice, Request, Table, needed_bytes
-from tetri.request import Sampling, Slo, Stage, Token, Usage, choices_problem, sampling_problem, slo_problem
+from tetri.request import (
+    MAX_DEADLINE_S,
+    Sampling,
+    Slo,
+    Stage,
+    Token,
+    Usage,
+    choices_problem,
+    sampling_problem,
+    slo_problem,
+)
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
-MAX_DEADLINE_S = 1e6
 MAX_ATTEMPTS = 8
 RETRY_AFTER_S = 1.0  # when a client may try again what is refused because too much is open
 SECRET_CHARS = 22  # least characters of a secret: as many as 128 bits have in base64
