@@ -209,6 +209,12 @@ class Slo(Record, frozen=True):
     ttft_s: float | None = None
     tpot_s: float | None = None
 
+    def result(self, ttft_s: float, tpot_s: float | None) -> str:
+        """Which limits these times exceed: ttft, tpot or both; met if none. `tpot_s`: None: there was one token."""
+        late = self.ttft_s is not None and ttft_s > self.ttft_s
+        slow = self.tpot_s is not None and tpot_s is not None and tpot_s > self.tpot_s
+        return "both" if late and slow else "ttft" if late else "tpot" if slow else "met"
+
 
 def slo_problem(slo: Slo) -> str | None:
     """The first invalid limit, in one line that states what is allowed; None if both are valid."""

@@ -12,6 +12,7 @@ from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, 
 from tetri.core.broker.connections import Connections
 from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import TEXT_BYTES, Choice, Request, Table, needed_bytes
+from tetri.core.broker.slo import result
 from tetri.request import (
     MAX_DEADLINE_S,
     Sampling,
@@ -172,17 +173,20 @@ class Delivery:
         """Close a choice: append the Done, the last message of its outbox, and send it to watchers too."""
         assert choice.reason is not None
         request = choice.request
+        ttft_s = None if choice.first_at is None else choice.first_at - request.arrival
         self.table.move(choice, _STAGE_OF.get(choice.reason, Stage.DONE), now)
         done = Done(
             rid=request.rid,
             reason=choice.reason,
             usage=Usage(prompt_tokens=len(request.prompt), completion_tokens=len(choice.output)),
             timeline={name: choice.spent[stage] for stage, name in _NAMES if stage in choice.spent},
-            ttft_s=None if choice.first_at is None else choice.first_at - request.arrival,
+            ttft_s=ttft_s,
             jct_s=now - request.arrival,
             receipt=choice.receipt(),
             error=choice.error,
             choice=choice.index,
+            slo=request.slo,
+            slo_result=result(choice, ttft_s, now - request.arrival),
         )
         choice.outbox.end(done)
         self.observer.ended(choice, done, now)

@@ -49,3 +49,12 @@ def left(choice: Choice, now: float) -> Slo:
     else:
         due = None if slo.tpot_s is None else first_at + slo.tpot_s * len(choice.output)
     return slo.changed(ttft_s=None if due is None else due - now)
+
+
+def result(choice: Choice, ttft_s: float | None, jct_s: float) -> str:
+    """How an ended choice kept its limits: met, or which it missed (ttft, tpot, both). failed: it ended by an error or
+    its deadline. "": its client has cancelled it before it had missed any; it does not count."""
+    if choice.reason in ("error", "deadline"):
+        return "failed"
+    found = choice.request.slo.result(jct_s if ttft_s is None else ttft_s, choice.tpot_s)
+    return "" if choice.reason == "cancelled" and found == "met" else found
