@@ -216,6 +216,9 @@ class Slo(Record, frozen=True):
         return "both" if late and slow else "ttft" if late else "tpot" if slow else "met"
 
 
+SLO_RESULTS = ("met", "ttft", "tpot", "both", "failed")  # how requests keep their limits: the labels of `slo_requests`
+
+
 def slo_problem(slo: Slo) -> str | None:
     """The first invalid limit, in one line that states what is allowed; None if both are valid."""
     for name in ("ttft_s", "tpot_s"):

@@ -50,7 +50,8 @@ def observation():
     prefill, decode = instance("p0", "prefill", predictor=predictor), instance("d0", "decode")
     decode["activity"]["received"] = {"shm": to_builtins(Transferred())}
     names = ("ttft", "itl", "tpot", "jct", "stage_decode", "queue_predicted", "prompt_tokens", "output_tokens")
-    counts = {name: {} for name in ("requests_ended", "requests_refused", "retries", "role_changes", "tokens", "slo_requests")}
+    counts = {name: {} for name in ("requests_ended", "requests_refused", "retries", "role_changes", "tokens")}
+    counts["slo_requests"] = {}
     status = {**STATUS, "instances": [prefill, decode], "requests": {}, "monitor": {"number": 1, "age_s": 0.0}}
     return {"status": status, "measures": {"counts": counts, "histograms": dict.fromkeys(names, empty)}}
 

@@ -75,7 +75,7 @@ REQUESTS = [
           {"{{reason}}": "sum by (reason) (rate(tetri_requests_ended_total{}[]))"}, stacked=True),
     Panel("Open, by stage", NUMBER, "Where open choices are: queued → prefill → moving → waiting → decode.",
           {"{{stage}}": "sum by (stage) (tetri_requests_open{})"}, stacked=True),
-    Panel("Tokens", TOKENS_PER_S, "Of ended choices. Local: KV that did not move; adopted: that came as bytes; recomputed: again.",
+    Panel("Tokens", TOKENS_PER_S, "Of ended choices. Local: KV stayed; adopted: it came as bytes; recomputed: again.",
           {"{{kind}}": "sum by (kind) (rate(tetri_tokens_total{}[]))"}),
     Panel("Refused", PER_S, "full: add instances. Others: mistakes of clients.",
           {"{{reason}}": "sum by (reason) (rate(tetri_requests_refused_total{}[]))"}, stacked=True),

@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
-from tetri.request import ROLES, Receipt, Stage
+from tetri.request import ROLES, SLO_RESULTS, Receipt, Stage
 from tetri.wire.clients import Done
 from tetri.wire.observation import Histogram, Measures
 
@@ -41,7 +41,7 @@ LABELS = {
     "requests_refused": ("invalid", "too_long", "too_many_choices", "full", "repeated_key"),
     "retries": ("worker_lost", "worker_restarted", "not_held", "kv_lost", "kv_unread", "given_up"),
     "role_changes": tuple(f"{was}>{role}" for was in ROLES for role in ROLES if was != role),
-    "slo_requests": ("met", "ttft", "tpot", "both", "failed"),
+    "slo_requests": SLO_RESULTS,
     "tokens": ("prompt", "output", "local", "adopted", "recomputed", "continued"),
 }
 
