@@ -94,6 +94,7 @@ class DecodeRequest:
     shares: bool = False  # the KV that it uses counts as moved for another choice
     alone: bool = False  # its first tokens are computed in lone steps (Offer.alone)
     stays: bool = False  # the same engine prefills it: its KV does not move
+    first_at: float = 0.0  # when its first token was known here, in seconds of this worker's clock
 
     blocks: int = 0  # size of its account in the ledger
     dispatch_end: int = 0  # predicted output tokens, by `rules.dispatch_end`
