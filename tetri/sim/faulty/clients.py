@@ -272,10 +272,11 @@ class Client:
 
     def _verify_receipt(self, receipt: Receipt) -> None:
         """Assert that the receipt has the KV figures of the decode worker, whatever faults happened."""
-        if receipt.decode_instance is None:  # the first token of an attempt was its last
+        assert receipt.kept + (receipt.recomputed or 0) == len(self.prompt), receipt
+        if receipt.decode_instance is None or receipt.local:  # the first token was its last, or it stayed
             assert (receipt.adopted, receipt.transport) == (0, "none"), receipt
-        else:
-            assert receipt.adopted == len(self.prompt) and receipt.transport in ("local", "stream"), receipt
+        elif not receipt.recomputed:
+            assert receipt.adopted and receipt.transport in ("local", "stream"), receipt
 
 
 @dataclass(slots=True)
