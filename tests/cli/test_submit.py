@@ -18,8 +18,9 @@ def test_the_answer_alone_goes_to_stdout(run, broker):
 def test_options_reach_the_broker(run, broker):
     fake = broker()
     options = "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 7 --stop a --stop b"
-    run("submit", "hi", "--chat", "--deadline", "5", *options.split())
+    run("submit", "hi", "--chat", "--deadline", "5", "--ttft", "0.5", "--tpot", "0.05", *options.split())
     assert fake.seen[0]["messages"] == [{"role": "user", "content": "hi"}] and fake.seen[0]["deadline_s"] == 5.0
+    assert fake.seen[0]["slo"] == {"ttft_s": 0.5, "tpot_s": 0.05}
     assert fake.seen[0]["sampling"] == {
         **{"max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 7},
         "stop": ["a", "b"],

@@ -4,8 +4,9 @@ from math import exp
 
 import pytest
 
-from tests.engine.contract import CAPACITY, EngineContract
+from tests.engine.contract import CAPACITY
 from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prompt, run
+from tests.engine.stay_contract import StayContract
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EOS, EmulatedEngine, logprob_of, next_token, reference, reference_tokens
@@ -43,7 +44,7 @@ class Watch:
         return self.now >= self.message_at
 
 
-class TestContract(EngineContract):
+class TestContract(StayContract):
     @pytest.fixture
     def engine(self):
         made = emulated(CAPACITY)

@@ -18,12 +18,14 @@ from tetri.request import (
     Positive,
     Receipt,
     Record,
+    Slo,
     Token,
     TokenLogprob,
     Turn,
     Usage,
     choices_problem,
     sampling_problem,
+    slo_problem,
 )
 from tetri.wire.clients import BrokerReply, ChangeRole
 
@@ -129,6 +131,7 @@ def submit(
     n: int = 1,
     deadline_s: float | None = None,
     default_tokens: int | None = None,
+    slo: Slo | None = None,
 ) -> bytes:
     """Return the Submit frame of one request. Raises BadRequest."""
     body: dict[str, Any] = {"type": "submit", "key": key, "secret": secret}
@@ -153,6 +156,10 @@ def submit(
         body["deadline_s"] = _converted("deadline_s", deadline_s, float)
         if not body["deadline_s"] > 0:
             raise BadRequest(f"deadline_s must be above 0, got {deadline_s!r}")
+    if slo is not None:
+        body["slo"] = limits = _converted("slo", asdict(slo) if isinstance(slo, Slo) else slo, Slo)
+        if (problem := slo_problem(limits)) is not None:
+            raise BadRequest(problem)
     return frame(body)
 
 

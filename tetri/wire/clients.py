@@ -141,7 +141,8 @@ class Delta(Record, tag="delta", frozen=True):
 class Done(Record, tag="done", frozen=True):
     """The last message of a choice; a request has ended when all its choices have. `reason`: stop, length, cancelled,
     deadline or error; `error` explains the last. `timeline`: seconds spent in each stage, which add up to `jct_s`.
-    `ttft_s`: None if there was no token."""
+    `ttft_s`: None if there was no token. `slo`: its limits of latency. `slo_result`: met; ttft, tpot or both: the
+    limits that it missed; failed: it ended by an error or its deadline; "": cancelled before it had missed any."""
 
     rid: Name
     reason: str
@@ -152,6 +153,8 @@ class Done(Record, tag="done", frozen=True):
     receipt: Receipt
     error: str | None = None
     choice: Count = 0
+    slo: Slo = Slo()
+    slo_result: str = ""
 
 
 class InstanceStatus(Record, frozen=True):

@@ -12,10 +12,20 @@ from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, 
 from tetri.core.broker.connections import Connections
 from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import TEXT_BYTES, Choice, Request, Table, needed_bytes
-from tetri.request import Sampling, Stage, Token, Usage, choices_problem, sampling_problem
+from tetri.core.broker.slo import result
+from tetri.request import (
+    MAX_DEADLINE_S,
+    Sampling,
+    Slo,
+    Stage,
+    Token,
+    Usage,
+    choices_problem,
+    sampling_problem,
+    slo_problem,
+)
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
-MAX_DEADLINE_S = 1e6
 MAX_ATTEMPTS = 8
 RETRY_AFTER_S = 1.0  # when a client may try again what is refused because too much is open
 SECRET_CHARS = 22  # least characters of a secret: as many as 128 bits have in base64
@@ -93,15 +103,16 @@ class Delivery:
             return "an id of logit_bias"
         return "an id of stop_token_ids" if max(sampling.stop_token_ids, default=0) >= vocabulary else None
 
-    def admit(self, event: Submitted, sampling: Sampling, now: float) -> tuple[Request, list[Action]]:
-        """Open a request. A sampled one gets a seed if it has none: a later attempt on another worker can then continue
-        the same output."""
+    def admit(self, event: Submitted, sampling: Sampling, slo: Slo, now: float) -> tuple[Request, list[Action]]:
+        """Open a request with these limits of latency. A sampled one gets a seed if it has none: a later attempt on
+        another worker can then continue the same output."""
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = sampling.changed(seed=self.rng.getrandbits(62))
         arrival = now - event.waited_s
         request = Request(
             *(event.rid, event.key, event.client, array("I", event.prompt), arrival),
             deadline=None if event.deadline_s is None else arrival + event.deadline_s,
+            slo=slo,
             secret=event.secret,
             content=event.content,
         )
@@ -162,17 +173,20 @@ class Delivery:
         """Close a choice: append the Done, the last message of its outbox, and send it to watchers too."""
         assert choice.reason is not None
         request = choice.request
+        ttft_s = None if choice.first_at is None else choice.first_at - request.arrival
         self.table.move(choice, _STAGE_OF.get(choice.reason, Stage.DONE), now)
         done = Done(
             rid=request.rid,
             reason=choice.reason,
             usage=Usage(prompt_tokens=len(request.prompt), completion_tokens=len(choice.output)),
             timeline={name: choice.spent[stage] for stage, name in _NAMES if stage in choice.spent},
-            ttft_s=None if choice.first_at is None else choice.first_at - request.arrival,
+            ttft_s=ttft_s,
             jct_s=now - request.arrival,
             receipt=choice.receipt(),
             error=choice.error,
             choice=choice.index,
+            slo=request.slo,
+            slo_result=result(choice, ttft_s, now - request.arrival),
         )
         choice.outbox.end(done)
         self.observer.ended(choice, done, now)
@@ -186,6 +200,8 @@ def problem_without_prompt(asked: Submitted | Submit) -> str | None:
     """As `Delivery.problem`, but only what does not depend on the prompt, which may not be tokenized yet."""
     secret, deadline_s = asked.secret, asked.deadline_s
     if (wrong := sampling_problem(asked.sampling, asked.default_tokens)) is not None:
+        return wrong
+    if (wrong := slo_problem(asked.slo)) is not None:
         return wrong
     if len(secret) < SECRET_CHARS:
         return f"the secret has {len(secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"
