@@ -265,6 +265,11 @@ class Receipt(Record, frozen=True):
     continued: Count = 0
     local: int | None = None
 
+    @property
+    def kept(self) -> int:
+        """Prompt tokens whose KV was computed once."""
+        return (self.local or 0) + (self.adopted or 0)
+
 
 class Usage(Record, frozen=True):
     """Tokens of the prompt and of the output."""

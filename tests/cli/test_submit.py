@@ -33,7 +33,8 @@ def test_json_is_one_object(run, broker):
     found = json.loads(out)
     assert (status, err, out.count("\n")) == (0, "", 1)
     wanted = ["rid", "text", "token_ids", "finish_reason", "usage", "timeline", "ttft_s", "jct_s", "receipt"]
-    assert list(found) == [*wanted, "choice", "logprobs"]
+    wanted += ["choice", "logprobs", "slo", "slo_result"]
+    assert list(found) == wanted and found["slo"] == {"ttft_s": None, "tpot_s": None}
     assert found["text"] == "one two three" and found["receipt"]["prefill_instance"] is None
 
 

@@ -187,7 +187,8 @@ class MonitorStatus(Record, frozen=True):
 
 
 class Status(Record, tag="status", frozen=True):
-    """The state of the cluster. `counters`: the broker's own, by name, since its start."""
+    """The state of the cluster. `counters`: the broker's own, by name, since its start. `slo`: the limits of latency of
+    a request that names none. `slo_requests`: how many choices kept theirs, by `slo_result`, since its start."""
 
     instances: list[InstanceStatus]
     requests: dict[str, int]  # stage -> number of open requests in it
@@ -195,6 +196,8 @@ class Status(Record, tag="status", frozen=True):
     model: str
     monitor: MonitorStatus | None = None  # None: no cluster view has arrived since the broker's start
     notes: list[str] = []  # one line for people on each thing that works worse than it should
+    slo: Slo = Slo()
+    slo_requests: dict[str, Count] = {}
 
 
 class Observation(Record, tag="observation", frozen=True):

@@ -189,6 +189,15 @@ def test_each_choice_is_counted_once_if_it_counts() -> None:
     assert [each.slo_result for each in found.ended] == ["met", "ttft", "failed", ""]
 
 
+def test_the_status_tells_the_limits_of_a_request_that_names_none_and_how_many_were_kept() -> None:
+    broker = serving("p1", "d1", slo=slo(tpot_s=0.5), cost=COST, chunk_tokens=100)
+    assert (broker.status().slo, broker.status().slo_requests["met"]) == (slo(tpot_s=0.5), 0)  # no prompt yet
+    broker.tell(submit(prompt=range(20), slo=slo(9, 9)), *ending("p1", RID, 0, 7))
+    found = broker.status()
+    assert (found.slo.ttft_s, found.slo.tpot_s) == pytest.approx((6 * 0.2, 0.5))
+    assert found.slo_requests == {"met": 1, "ttft": 0, "tpot": 0, "both": 0, "failed": 0}
+
+
 def test_how_a_request_was_served_tells_its_limits_and_which_it_missed() -> None:
     broker = serving("p1", "d1", slo=slo(tpot_s=0.5))
     broker.tell(submit(slo=slo(0.5)))

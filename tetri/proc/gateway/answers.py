@@ -254,4 +254,4 @@ def _seconds(headers: Mapping[bytes, bytes], name: bytes, most_s: float) -> floa
 def _record(result: Result) -> dict[str, Any]:
     """How a choice was served."""
     plain = result.to_json()
-    return {name: plain[name] for name in ("receipt", "timeline", "ttft_s", "jct_s")}
+    return {name: plain[name] for name in ("receipt", "timeline", "ttft_s", "jct_s", "slo", "slo_result")}
