@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections import deque
 
 from tetri.core.broker.requests import Choice
-from tetri.cost import Cost
+from tetri.cost import CorrectedCost, Cost
 from tetri.request import Slo
 
 SEEN = 500  # prompts of the last requests, from which the usual long one is taken
@@ -18,7 +18,7 @@ class Limiter:
     """Finds the limits of a request when it arrives. Where neither the request nor the deployment names one, it follows
     from the cost table: what the prefill of a long prompt, and a decode step after it, take on an idle instance."""
 
-    def __init__(self, deployment: Slo, cost: Cost, chunk_tokens: int) -> None:
+    def __init__(self, deployment: Slo, cost: Cost | CorrectedCost, chunk_tokens: int) -> None:
         self.deployment, self.cost, self.chunk_tokens = deployment, cost, chunk_tokens
         self._prompts: deque[int] = deque()
         self._sorted: list[int] = []
