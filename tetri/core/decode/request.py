@@ -149,7 +149,7 @@ class DecodeRequest:
             adopted=0 if self.stays else prompt - recomputed,
             recomputed=recomputed,
             kv_bytes=0 if self.shares else flow.bytes,
-            chunks=0 if self.shares else len(flow.landed),
+            chunks=0 if self.shares or self.stays else len(flow.landed),
             transport=flow.path,
             prefill_instance=self.offer.src,
             decode_instance=iid,
