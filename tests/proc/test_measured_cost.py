@@ -138,15 +138,15 @@ def test_one_measures_alone_after_those_that_build_and_none_builds_meanwhile(tur
     order = []
 
     def measure():
-        measures.take(alone=True)
+        measures.hold(alone=True)
         order.append("measured")
 
     def build():
-        builds.take(alone=False)
+        builds.hold(alone=False)
         order.append("built")
 
-    builds.take(alone=False)
-    builds_too.take(alone=False)
+    builds.hold(alone=False)
+    builds_too.hold(alone=False)
     first = threading.Thread(target=measure)
     first.start()
     builds_too.release()
@@ -166,8 +166,8 @@ def test_one_measures_alone_after_those_that_build_and_none_builds_meanwhile(tur
 def test_one_that_hangs_is_not_waited_for_for_ever(turns, monkeypatch):
     monkeypatch.setattr(measured_cost, "WAIT_S", 0.2)
     hangs, goes_on, _ = turns
-    hangs.take(alone=True)
-    goes_on.take(alone=False)
+    hangs.hold(alone=True)
+    goes_on.hold(alone=False)
 
 
 @pytest.mark.parametrize(

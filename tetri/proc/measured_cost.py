@@ -96,8 +96,8 @@ class Turn:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    def take(self, *, alone: bool) -> None:
-        """Take the lock, or go on without it after WAIT_S seconds."""
+    def hold(self, *, alone: bool) -> None:
+        """Hold the lock, or go on without it after WAIT_S seconds."""
         until = time.monotonic() + WAIT_S
         while time.monotonic() < until:
             try:
@@ -132,7 +132,7 @@ def turn(config: Config, logger: Logger) -> Iterator[Turn | None]:
         yield None
         return
     try:
-        lock.take(alone=False)
+        lock.hold(alone=False)
         yield lock
     finally:
         lock.close()
@@ -147,7 +147,7 @@ def of_engine(
         return None
     found = _kept(engine, config, logger) if lock is not None else None
     if found is None and lock is not None:
-        lock.take(alone=True)
+        lock.hold(alone=True)
         found = _kept(engine, config, logger)  # another worker may have measured it
     if found is not None:
         return found
@@ -194,8 +194,8 @@ def _measured(engine: Engine, config: Config, clock: Callable[[], float], logger
     except (ProfileError, EngineError, CostError) as error:
         logger.warning("the cost table could not be measured: %s", error)
         return None, ""
-    took = f"measured in {time.monotonic() - start:.1f} s, {made.quality['fitted'].mean:.1%} off on average"
-    logger.info("the cost table was %s", took)
+    how = f"measured in {time.monotonic() - start:.1f} s, {made.quality['fitted'].mean:.1%} off on average"
+    logger.info("the cost table was %s", how)
     source = f"{described(engine, config)}, {time.strftime('%Y-%m-%d')}, at a worker's start"
-    comment = f"By a worker at its start: {took}. docs/cost.md says what each key means."
+    comment = f"By a worker at its start: {how}. docs/cost.md says what each key means."
     return dataclasses.replace(made.cost, **kv_of(engine), source=source), comment
