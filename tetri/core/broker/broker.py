@@ -403,5 +403,7 @@ class Broker:
             counters=counters,
             model=self.model,
             monitor=monitor,
+            slo=self.limiter.found,
+            slo_requests=dict(self.observer.meters.counts["slo_requests"]),
             notes=notes(instances, monitor, {iid: each.why for iid, each in self.lifecycle.breaker.failing.items()}),
         )

@@ -55,6 +55,7 @@ class Batch:
         to the broker."""
         self._landings += 1
         request.landed_as = self._landings
+        request.first_at = request.first_at or self.activity.now
         request.tokens.append(token)
         request.sent = 1
         self.forecast.wrote(1)
@@ -153,6 +154,18 @@ class Batch:
             for key, request in self.landed.items()
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
+
+    def ahead_s(self, now: float, step_s: float, more: float) -> tuple[list[float], list[float]]:
+        """Return how long the next step may take so that a running request keeps its limit of TPOT with its next token,
+        and the same with `more` tokens after it, in steps of `step_s` seconds; for each request that has a limit."""
+        ahead: list[float] = []
+        later: list[float] = []
+        for request in self.running.values():
+            tpot_s = request.offer.tpot_s
+            if tpot_s is not None:
+                ahead.append(request.first_at - now + len(request.tokens) * tpot_s)
+                later.append(ahead[-1] + more * max(tpot_s - step_s, 0.0))
+        return ahead, later
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""

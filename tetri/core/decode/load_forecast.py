@@ -13,6 +13,9 @@ from tetri.policy.length import end_of, heavy, moved_up
 from tetri.request import LengthRange, blocks_for
 
 
+LEARNED = 0.05  # weight of the newest output in the mean length of outputs
+
+
 class LoadForecast:
     """Sums over all open decode requests. They are updated with every change, so that a load report costs nothing.
 
@@ -20,6 +23,7 @@ class LoadForecast:
     heavy     requests that are predicted to be heavy decodes
     growth    blocks that all requests are predicted to need in addition
     left      output tokens that all requests are predicted to write from now on
+    usual_output  mean length of the outputs that have ended here lately, in tokens; 0 before the first
     context   tokens of all prompts and outputs
 
     A request that writes more than its length range gets a new one: with an `estimator`, from requests that got at
@@ -29,6 +33,7 @@ class LoadForecast:
     def __init__(self, own: Identity, cost: CorrectedCost, estimator: LengthEstimator | None = None) -> None:
         self.own, self.cost, self.estimator = own, cost, estimator
         self.requests = self.heavy = self.growth = self.left = self.context = 0
+        self.usual_output = 0.0
 
     def enter(self, request: DecodeRequest) -> None:
         """Add a request and predict it."""
@@ -42,6 +47,10 @@ class LoadForecast:
         self._add(request, -1)
         self.context -= request.size
         self.requests -= 1
+
+    def ended(self, tokens: int) -> None:
+        """Learn from an output that has ended with so many tokens."""
+        self.usual_output += (tokens - self.usual_output) * (LEARNED if self.usual_output else 1.0)
 
     def wrote(self, tokens: int) -> None:
         """Count new output tokens, of whichever requests."""

@@ -76,6 +76,8 @@ class DecodeScheduler:
 
     def _finish(self, request: DecodeRequest, end: End) -> None:
         self.hand_overs.leave(request)
+        if end.error is None:
+            self.forecast.ended(request.written)
         if self.estimator is not None and end.error is not None:
             self.estimator.forget(request.offer.rid)
         elif self.estimator is not None and not request.offer.sampling.ignore_eos:
@@ -107,7 +109,8 @@ class DecodeScheduler:
     def holds(self) -> list[Hold]:
         """Return the requests for the heartbeat. `outputs` counts sent tokens only, so that the broker asks again only
         for lost ones."""
-        held = [(request, request.offer) for request in self.requests.values()]
+        requests = self.requests.values()
+        held = [(each, each.offer) for each in requests if each.landed_as or not each.stays]  # its prefill lists it
         return [Hold(offer.rid, offer.attempt, each.stage, len(offer.output) + each.sent) for each, offer in held]
 
     def waiting(self) -> int:

@@ -43,12 +43,12 @@ class KVSend:
     """Accounts for the slots of the own slab.
 
     used       slots that hold KV, are reserved for a pending `Export`, or are not free again yet
-    keeping    the requests that these slots belong to, by key
+    keeping    the requests that these slots belong to, by key; the dispatcher's
     """
 
     def __init__(self, own: Identity, dispatcher: Dispatcher, activity: ActivityLog) -> None:
         self.own, self.dispatcher, self.activity = own, dispatcher, activity
-        self.keeping: dict[str, PrefillRequest] = {}
+        self.keeping = dispatcher.keeping
         self.used = 0
 
     def spare(self) -> Spare:

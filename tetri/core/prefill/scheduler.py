@@ -7,7 +7,7 @@ it again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -110,6 +110,7 @@ class PrefillScheduler:
             lost=tuple(message.lost),
             avoid=tuple(message.avoid),
             pinned=message.pinned,
+            slo=message.slo,
         )
         for choice in choices:
             self.choices[choice.key] = request
@@ -156,7 +157,7 @@ class PrefillScheduler:
         """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine.
 
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
-        may use the reserve."""
+        may use the reserve. One that stays here needs no slots, and goes on at once."""
         self.budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
         prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
@@ -164,7 +165,17 @@ class PrefillScheduler:
         if self.queue.short and not self.dispatcher.waiting():
             keys = [prompts[0].key]
         fresh = [self.requests[key] for key in keys if not self.requests[key].running]
-        return [action for request in fresh for action in self._start(request, now)]
+        actions = [action for request in fresh for action in self._start(request, now)]
+        if self.queue.short and any(request.flow.stays for request in fresh):
+            self._choose(prompts)
+        return actions
+
+    def in_order(self) -> Iterator[PrefillRequest]:
+        """Yield the queued requests in the order in which their prompts are computed, as far as it is known."""
+        yield from self.queue.started.values()
+        for key in self.queue.first(1):
+            if key not in self.queue.started:
+                yield self.requests[key]
 
     def _choose(self, prompts: list[Progress]) -> None:
         slots, self.expected = self.kv_send.spare(), []
@@ -241,7 +252,7 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ what the step did
 
-    def step_done(self, done: StepDone, now: float, *, strained: bool) -> list[Action]:
+    def step_done(self, done: StepDone, *, strained: bool) -> list[Action]:
         """Report first tokens, then export the KV blocks that this chunk completed.
 
         `strained`: memory was short, or the engine computed a preempted decode again, so it may have run more or fewer
@@ -254,7 +265,7 @@ class PrefillScheduler:
             self.queue.computed(request, span.stop)
             self.activity.computed("chunk", request.lead, span.start, span.stop)
         actions = self._first_tokens(done.tokens)
-        actions += self.lengths.stepped(planned, done.estimates, now)
+        actions += self.lengths.stepped(planned, done.estimates)
         for span in done.spans:
             actions += self.kv_send.export(self.requests[span.key])
         for key in done.preempted:
@@ -284,9 +295,22 @@ class PrefillScheduler:
         """Go on with a request that has its first tokens."""
         if not all(choice.computed or choice.closed for choice in request.choices):
             raise Broken(f"{request.key} has no token for some of its choices")
+        if request.flow.stays and request.decodes:
+            return self._stays(request)
         self._stop(request)
         self.queue.leave(request)
         return self._stage(request, Stage.MOVING) if request.decodes else self._end(request)
+
+    def _stays(self, request: PrefillRequest) -> list[Action]:
+        """Go on as a decode request of this engine, with the same blocks."""
+        flow, token, home = request.flow, request.choices[0].token, self.dispatcher.pool.home
+        assert home is not None and token is not None
+        self.queue.stop(request)
+        self.queue.leave(request)
+        self.ledger.hand_on(request.key, flow.stays)
+        flow.stayed()
+        self.dispatcher.timers.clear(request.key)
+        return home.land(flow.stays, token)
 
     def _stop(self, request: PrefillRequest) -> None:
         """Record that its engine request is no longer in the engine, and free its KV blocks."""

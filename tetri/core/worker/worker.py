@@ -29,6 +29,8 @@ from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
+from tetri.core.worker.chunk_limit import ChunkLimit
+from tetri.core.worker.home import WorkerHome
 from tetri.core.worker.load_report import LoadReporter
 from tetri.core.worker.lone_steps import LoneSteps
 from tetri.cost import CorrectedCost
@@ -65,8 +67,9 @@ class Worker:
         self.stepping = False
         self.idle = False
         self.reporter = LoadReporter(self.prefill, self.decode, self.activity, self.cost, now)
-        self.dispatcher.pool.home = self.reporter.home
+        self.dispatcher.pool.home = WorkerHome(self.reporter, self.hand_overs)
         self._step_at = now
+        self.chunk_limit = ChunkLimit(self.prefill, self.decode.batch, self.cost)
         self._fewer = False  # the batch has lost a request since the step was planned
         self._unknown: list[Offer | LengthUpdate | Chunk | Drop] = []  # from senders that no Membership lists yet
         self._queued_own: list[Action] = []  # messages to this instance, held while the engine computes
@@ -112,7 +115,7 @@ class Worker:
             case Close():
                 return self._closed(event)
             case LengthKnown():
-                return self.prefill.lengths.known(event, now)
+                return self.prefill.lengths.known(event, now, stepping=self.stepping)
             case Drop():
                 return self.hand_overs.drop(event)
             case Resend():
@@ -163,7 +166,8 @@ class Worker:
         self.dispatcher.check()
         self.decode.check()
         accounts = sum(request.running for request in self.prefill.requests.values())
-        accounts += sum(request.end is None for request in self.decode.requests.values())
+        decodes = [request for request in self.decode.requests.values() if request.landed_as or not request.stays]
+        accounts += sum(request.end is None for request in decodes)
         if accounts != len(self.ledger):
             raise Broken(f"the ledger has {len(self.ledger)} accounts for {accounts} engine requests")
 
@@ -209,8 +213,11 @@ class Worker:
         admitted = self.decode.admit(min(most, budget - 1) if queued else most)
         decodes = len(batch.running) - len(batch.preempted)
         actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
+        chunk = None
         if queued and batch.lone is None:
-            actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
+            if self.role == "auto" and decodes:
+                chunk = self.chunk_limit.tokens(budget - decodes, now)
+            actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, now), now)
         lone = batch.lone or prefill.lone()
         if lone is not None and not lone_steps.gives_way(lone):
             return self._wait([*actions, *lone_steps.announce(lone)])
@@ -229,15 +236,15 @@ class Worker:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
-        return self._start_step(actions, 1 if prefill.expected else batch.most(timer - now), now)
+        return self._start_step(actions, 1 if prefill.expected or chunk is not None else batch.most(timer - now), now, chunk)
 
     def _free_memory(self) -> FreeMemory | None:
         """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""
         return None if self.stepping or self.prefill.queue.blocked() is None else self.prefill.free_memory
 
-    def _start_step(self, actions: list[Action], most: int, now: float) -> list[Action]:
+    def _start_step(self, actions: list[Action], most: int, now: float, chunk: int | None = None) -> list[Action]:
         self.stepping, self._step_at = True, now
-        return [*actions, Step(most)]
+        return [*actions, Step(most, chunk)]
 
     def _wait(self, actions: list[Action]) -> list[Action]:
         """Compute nothing until the next event."""
@@ -261,7 +268,7 @@ class Worker:
         if prefilled is not None:
             strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
             strained = strained or any(span.key in batch.preempted for span in done.spans)
-            actions += self.prefill.step_done(prefilled, now, strained=strained)
+            actions += self.prefill.step_done(prefilled, strained=strained)
         # Also for requests that end in this step: accuracy is judged by their last estimate.
         for estimate in decoded.estimates:
             self.decode.estimates(estimate)
@@ -270,6 +277,7 @@ class Worker:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
+        actions += self.prefill.lengths.place(now)
         self.idle = not (done.spans or done.tokens or done.allocated or self._way_out())
         return actions
 
@@ -324,7 +332,7 @@ class Worker:
         if isinstance(event, Refuse):
             self.activity.happened("refused", request.lead, event.src, event.why)
             hopeless = event.unread and self.dispatcher.readers.failed(request, event, now)
-            if hopeless or request.pinned or not request.flow.movable:
+            if hopeless or request.pinned or request.flow.stays or not request.flow.movable:
                 why = f"{event.src} cannot go on with the KV: {event.why}"
                 return self.prefill.give_up(request, why, avoid=self.dispatcher.readers.avoided(request))
             if event.unread:
