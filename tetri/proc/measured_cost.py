@@ -32,6 +32,7 @@ from tetri.engine.base import Engine, EngineError
 from tetri.models import ModelError, cache
 
 BUDGET_S = 12.0  # of a measurement; the scene that runs then is the last one
+LONGEST_S = 60.0  # that it may take on a slow or busy machine until all scenes have run once; else it has failed
 ROUNDS = 5  # most measurements of each point
 WAIT_S = 90.0  # longest wait for other workers; one that hangs must not keep this one from serving
 POLL_S = 0.1
@@ -186,8 +187,8 @@ def _measured(engine: Engine, config: Config, clock: Callable[[], float], logger
 
     start = time.monotonic()
 
-    def enough() -> bool:
-        return time.monotonic() - start > BUDGET_S
+    def enough(complete: bool) -> bool:
+        return time.monotonic() - start > (BUDGET_S if complete else LONGEST_S)
 
     try:
         made = fit(measure(engine, brief(engine.capacity), ROUNDS, clock, Random(0), enough=enough))
