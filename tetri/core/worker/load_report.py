@@ -69,7 +69,7 @@ class StepTimes:
 
 
 def _table(cost: Cost) -> CostTable:
-    curves = {name: [[*pair] for pair in getattr(cost, name)] for name in CURVES}
+    curves = {name: [[*map(float, pair)] for pair in getattr(cost, name)] for name in CURVES}
     return CostTable(**curves, prefill_start_s=cost.prefill_start_s, decode_context_s=cost.decode_context_s)
 
 
