@@ -77,7 +77,7 @@ class Lifecycle:
         work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
         work_s = min(max(work_s, SHORT_S), LONG_S)
         failing = self.breaker.failing if request.avoid else self.breaker.blocked(now)
-        allowed = away_from([*request.avoid, *lost_with(request), *failing], pool)
+        allowed = away_from([*request.avoid, *request.gave_up, *lost_with(request), *failing], pool)
         column = self._route(work_s, allowed, self.rng) if pool.iids else None
         if column is None:
             beyond = self.members.beyond(tokens) if lead.attempt > 1 else None
@@ -378,6 +378,7 @@ class Lifecycle:
             return self.end(choice, "error", now, event.why)
         request = choice.request
         request.avoid = [*dict.fromkeys([*request.avoid, *event.avoid])]
+        request.gave_up = [] if event.avoid else [event.iid]
         if event.iid in event.avoid:
             if event.iid not in self.breaker.failing:
                 self.observer.happened("failing", event.iid, event.why, now)

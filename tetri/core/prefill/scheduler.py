@@ -164,7 +164,7 @@ class PrefillScheduler:
         fresh = [self.requests[key] for key in keys if not self.requests[key].running]
         actions = [action for request in fresh for action in self._start(request, now)]
         if self.queue.short and any(request.flow.stays for request in fresh):
-            self._choose(prompts)
+            self._choose([prompt for prompt in prompts if self.requests[prompt.key].running])
         return actions
 
     def _choose(self, prompts: list[Progress]) -> None:
