@@ -56,7 +56,7 @@ PACKAGES = {
     "client": package("request wire config strict clock private", "zmq msgspec"),
     "proc": package(EVERYTHING, "click httptools msgspec prometheus_client supervisor starlette uvicorn uvloop"),
     "cli": package(EVERYTHING, "click rich msgspec"),  # a command reads what the broker answers as its records
-    "__init__": package("client"),
+    "__init__": package("client request"),
 }
 # Inside a package -> what of the same package it may import besides itself. Prefill and decode know nothing of each
 # other: only the worker knows both.

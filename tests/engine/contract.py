@@ -199,8 +199,12 @@ class EngineContract:
             engine.step()
         engine.adopt("d", 0, [memoryview(block) for block in copies])
         engine.admit("d", first.token)
-        engine.step()
         engine.hold("d", True)
+        assert engine.step().tokens == (), "it has not run yet"
+        engine.hold("d", False)
+        assert computed(engine.step()) == {"d": 1}
+        engine.hold("d", True)
+        assert engine.step().tokens == ()
         engine.cancel("d")
 
     def test_one_decode_can_run_alone_while_the_batch_is_held(self, engine):

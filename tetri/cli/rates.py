@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from msgspec import to_builtins
 
-from tetri.metrics import added
+from tetri.metrics import added, gained
 from tetri.wire.clients import Observation
 from tetri.wire.observation import Activity
 
@@ -23,6 +23,7 @@ class Span(NamedTuple):
     tpot: tuple[float, float] | None
     queue: tuple[float | None, float | None]
     ended: int  # choices
+    slo_requests: dict[str, int]  # how they kept their limits of latency, by result
     tokens: int  # output tokens
     activities: dict[str, Activity]  # iid -> what it has done
 
@@ -60,6 +61,7 @@ def since(before: Observation | None, after: Observation, seconds: float | None)
         tpot.percentiles() if tpot else None,
         (predicted.mean() if predicted else None, queued.mean() if queued else None),
         _ended(after) - (0 if before is None else _ended(before)),
+        gained({} if before is None else before.status.slo_requests, after.status.slo_requests),
         (ttft.count if ttft else 0) + sum(each.decode_tokens for each in activities.values()),
         activities,
     )

@@ -19,6 +19,13 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
     return pool.queued_s.index(min(pool.queued_s)) if pool.queued_s else None
 
 
+def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
+    """The instance that is expected to have computed the prompt first, on a tie the first: all work assigned to it,
+    with this prompt, in the share of its time that its decodes leave. Not in the paper."""
+    seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
+    return seconds.index(min(seconds)) if seconds else None
+
+
 def random(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
     """A uniformly random prefill instance."""
     return drawn(len(pool.queued_s), rng) if pool.queued_s else None

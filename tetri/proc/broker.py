@@ -33,6 +33,7 @@ from tetri.core.actions import (
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Limits, Problem
 from tetri.core.broker.requests import needed_bytes
+from tetri.cost import Cost
 from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
@@ -225,7 +226,7 @@ def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
         seed=epoch,
         now=time.monotonic(),
         model=model,
-        cost=build.predicted(config),
+        cost=build.table(config) or Cost(),
         chunk_tokens=config.engine.chunk_tokens,
         slo=Slo(ttft_s=config.slo.ttft_s or None, tpot_s=config.slo.tpot_s or None),
     )

@@ -118,6 +118,27 @@ def test_a_step_of_both_phases_counts_for_the_one_that_is_predicted_to_take_long
     assert ratios(told, [4 * seconds for seconds in steps])[-1] == StepRatio(**{phase: pytest.approx(4.0)})
 
 
+def test_beside_decodes_whose_time_is_known_a_chunk_gets_the_rest_of_the_step():
+    """Decodes take 3 times what the table says, chunks 5 times: of the 2.0 that a step costs at least, too."""
+    told = decoding()
+    assert ratios(told, [3 * (2 + 0.25 * size) for size in (9, 10, 11)])[-1].decode == pytest.approx(3.0)
+    told.tell(assign("a", prompt=13))
+    steps = [5 * (5 + 0.5 * 3 * 3 * turn) + 3 * 0.25 * (13 + turn) for turn in range(3)]
+    assert ratios(told, [3 * (2 + 0.25 * 12), *steps])[-1] == StepRatio(
+        prefill=pytest.approx(5.0), decode=pytest.approx(3.0)
+    )
+
+
+def test_predictions_are_corrected_by_the_ratios():
+    told = working("m1", **ROOMY)
+    told.running("x", src="d9", prompt=8, max_tokens=200)
+    told.tell(assign("a", prompt=9), assign("b", prompt=13))
+    ratios(told, [5 * (5 + 0.5 * 3 * 3 * turn + 0.25 * (10 + turn)) for turn in range(3)])
+    told.step()
+    load = told.heartbeat().load
+    assert load.queued_s == pytest.approx(5 * STEPS.prompt_s(13, 13 - load.queued_tokens, 4)) and load.queued_s > 0
+
+
 @pytest.mark.parametrize("changes", [{"compares_steps": False}, {"cost": Cost()}])
 def test_with_nothing_to_compare_there_is_no_ratio(changes):
     told = working("d1", **{**ROOMY, **changes})

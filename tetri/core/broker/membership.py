@@ -39,6 +39,7 @@ class Member:
     predictor: PredictorStatus | None = None
     unread_by: dict[str, str] = field(default_factory=dict)
     step_ratio: StepRatio = StepRatio()
+    slowness: float = 1.0  # of its prefill, over the broker's cost table; see Costs
     activity: Activity = Activity()
     clock: ClockOffset = field(default_factory=ClockOffset)
     suspect: bool = False  # its silence timer was due once; see Broker._silent
@@ -206,7 +207,7 @@ class Members:
         if index == len(self._limits):
             return EMPTY_POOL
         pool = self._pools[index]
-        pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) for iid in pool.iids]
+        pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) * self.by_iid[iid].slowness for iid in pool.iids]
         return pool
 
     def too_long(self, prompt: int, total: int) -> str | None:

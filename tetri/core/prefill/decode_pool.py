@@ -195,6 +195,7 @@ class LivePool:
         self._member_version = self.peers.member_version
         self._instances = self.peers.decoders()
         self._home_column = len(self._instances) if decodes_here else None
+        self.columns.home = -1 if self._home_column is None else self._home_column
         iids = [instance.iid for instance in self._instances] + [self.own.iid] * decodes_here
         self._column = {iid: column for column, iid in enumerate(iids)}
         self._smallest_blocks = min((instance.capacity.blocks for instance in self._instances), default=0)

@@ -171,7 +171,7 @@ class PrefillRequest:
     queued: QueuedPrompt
     flow: KVOutflow
     goal: int  # tokens of the prompt and of the output of earlier attempts
-    left_s: float = 0.0  # predicted seconds of the remaining prefill
+    left_s: float = 0.0  # seconds of the remaining prefill, by the cost table
     length: LengthRange | None = None
     predicted: bool = True  # False while its offer waits for a length prediction
     answered: bool = True  # False from `Predict` until `LengthKnown`

@@ -7,7 +7,7 @@ it again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -22,6 +22,7 @@ from tetri.core.prefill.length_wait import LengthWait
 from tetri.core.prefill.queue import Queue, candidates, fill, groups, ran
 from tetri.core.prefill.request import KVOutflow, PrefillChoice, PrefillRequest, choices_of, key_of
 from tetri.core.timers import Timers
+from tetri.cost import CorrectedCost
 from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
@@ -47,9 +48,10 @@ class PrefillScheduler:
         rng: Random,
         estimator: LengthEstimator | None,
         activity: ActivityLog,
+        cost: CorrectedCost,
     ) -> None:
         own = peers.own
-        self.own, self.ledger, self.activity = own, ledger, activity
+        self.own, self.ledger, self.activity, self.cost = own, ledger, activity, cost
         self.requests: dict[str, PrefillRequest] = {}
         self.choices: dict[str, PrefillRequest] = {}
         self.queue = Queue(own)
@@ -96,13 +98,14 @@ class PrefillScheduler:
         self._arrivals += 1
         own, key, prompt, output = self.own, choices[0].key, tuple(message.prompt), tuple(message.output)
         tokens = len(prompt) + len(output)
-        work_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
+        left_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
         due = None if message.deadline_s is None else now + message.deadline_s
-        queued, sampling = QueuedPrompt(key, self._arrivals, tokens, now, work_s, due), message.sampling
+        queued = QueuedPrompt(key, self._arrivals, tokens, now, left_s * self.cost.prefill, due)
+        sampling = message.sampling
         if choices[0].rid != message.rid:
             sampling = sampling.changed(seed=choices[0].seed)
         request = self.requests[key] = PrefillRequest(
-            *(key, choices, prompt, output, sampling, queued, flow, tokens, work_s),
+            *(key, choices, prompt, output, sampling, queued, flow, tokens, left_s),
             alone=message.alone,
             lost=tuple(message.lost),
             avoid=tuple(message.avoid),
@@ -166,6 +169,13 @@ class PrefillScheduler:
         if self.queue.short and any(request.flow.stays for request in fresh):
             self._choose([prompt for prompt in prompts if self.requests[prompt.key].running])
         return actions
+
+    def in_order(self) -> Iterator[PrefillRequest]:
+        """Yield the queued requests in the order in which their prompts are computed, as far as it is known."""
+        yield from self.queue.started.values()
+        for key in self.queue.first(1):
+            if key not in self.queue.started:
+                yield self.requests[key]
 
     def _choose(self, prompts: list[Progress]) -> None:
         slots, self.expected = self.kv_send.spare(), []

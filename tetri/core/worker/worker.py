@@ -29,9 +29,11 @@ from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
+from tetri.core.worker.chunk_limit import ChunkLimit
 from tetri.core.worker.home import WorkerHome
 from tetri.core.worker.load_report import LoadReporter
 from tetri.core.worker.lone_steps import LoneSteps
+from tetri.cost import CorrectedCost
 from tetri.engine_request import Span, StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
@@ -55,16 +57,19 @@ class Worker:
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.estimator = None if own.expected is None else LengthEstimator(own)
         self.activity = ActivityLog(now)
-        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator, self.activity)
+        self.cost = CorrectedCost(own.cost)
+        shared = (self.estimator, self.activity, self.cost)
+        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, *shared)
         self.dispatcher = self.prefill.dispatcher
-        self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator, self.activity)
+        self.decode = DecodeScheduler(own, self.ledger, self.peers, *shared)
         self.hand_overs = self.decode.hand_overs
         self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
-        self.reporter = LoadReporter(self.prefill, self.decode, self.activity, now)
+        self.reporter = LoadReporter(self.prefill, self.decode, self.activity, self.cost, now)
         self.dispatcher.pool.home = WorkerHome(self.reporter, self.hand_overs)
         self._step_at = now
+        self.chunk_limit = ChunkLimit(self.prefill, self.decode.batch, self.cost)
         self._fewer = False  # the batch has lost a request since the step was planned
         self._unknown: list[Offer | LengthUpdate | Chunk | Drop] = []  # from senders that no Membership lists yet
         self._queued_own: list[Action] = []  # messages to this instance, held while the engine computes
@@ -208,8 +213,11 @@ class Worker:
         admitted = self.decode.admit(min(most, budget - 1) if queued else most)
         decodes = len(batch.running) - len(batch.preempted)
         actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
+        chunk = None
         if queued and batch.lone is None:
-            actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
+            if self.role == "auto" and decodes:
+                chunk = self.chunk_limit.tokens(budget - decodes, now)
+            actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, now), now)
         lone = batch.lone or prefill.lone()
         if lone is not None and not lone_steps.gives_way(lone):
             return self._wait([*actions, *lone_steps.announce(lone)])
@@ -228,15 +236,15 @@ class Worker:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
-        return self._start_step(actions, 1 if prefill.expected else batch.most(timer - now), now)
+        return self._start_step(actions, 1 if prefill.expected or chunk is not None else batch.most(timer - now), now, chunk)
 
     def _free_memory(self) -> FreeMemory | None:
         """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""
         return None if self.stepping or self.prefill.queue.blocked() is None else self.prefill.free_memory
 
-    def _start_step(self, actions: list[Action], most: int, now: float) -> list[Action]:
+    def _start_step(self, actions: list[Action], most: int, now: float, chunk: int | None = None) -> list[Action]:
         self.stepping, self._step_at = True, now
-        return [*actions, Step(most)]
+        return [*actions, Step(most, chunk)]
 
     def _wait(self, actions: list[Action]) -> list[Action]:
         """Compute nothing until the next event."""
