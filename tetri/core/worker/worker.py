@@ -277,7 +277,8 @@ class Worker:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
-        actions += self.prefill.lengths.place(now)
+        if prefilled is not None:
+            actions += self.prefill.place(prefilled, now)
         self.idle = not (done.spans or done.tokens or done.allocated or self._way_out())
         return actions
 
