@@ -11,7 +11,7 @@ from tetri.policy.chunk import limit
 from tetri.policy.views import MixedStep
 
 LOOKED_AT = 32  # most queued prompts that are looked at
-EARLY = 2.0  # how much faster than just in time prompts are to be computed, since others may arrive meanwhile
+EARLY = 1.3  # how much faster than just in time prompts are to be computed, since others may arrive meanwhile
 LATE = 0.1  # share of the limit of TTFT in which a prompt that is late is still to be computed
 
 
