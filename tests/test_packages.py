@@ -46,6 +46,7 @@ PACKAGES = {
     ),
     "predict": package("request atomic policy text log", "numpy msgpack xxhash torch transformers safetensors"),
     "profile": package("request instance cost engine", "numpy"),
+    "rates": package("metrics wire", "msgspec"),  # for whoever looks on: top, and the gateway's page
     "sim": package(
         "request instance engine_request cost config metrics policy wire core engine kv executor"
         " text faults",  # with faults it detokenizes, and draws chances as a live deployment does

@@ -205,3 +205,8 @@ def test_another_order_in_the_policy_table_is_another_order_in_the_simulator(mon
     assert ttft("fcfs")[0] < ttft("fcfs")[1] and ttft("sjf")[0] > ttft("sjf")[1]
     monkeypatch.setitem(ORDERS, "sjf", ORDERS["fcfs"])
     assert ttft("sjf") == ttft("fcfs")
+
+
+def test_a_run_that_is_stopped_leaves_requests_open():
+    world = World(SETUP, [ONE, replace(ONE, at_s=0.1), replace(ONE, at_s=9.0)], lambda answered: world.stop())
+    assert [each.state for each in world.run().outcomes] == ["done", "open"]

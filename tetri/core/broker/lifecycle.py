@@ -73,6 +73,7 @@ class Lifecycle:
         tokens = len(request.prompt) + len(lead.output)
         pool = self.members.pool(tokens, self.table.work_ns)
         work_s = min(max(self.costs.work_s(tokens), SHORT_S), LONG_S)
+        pool.ttft_s = left(lead, now).ttft_s or 0.0
         failing = self.breaker.failing if request.avoid else self.breaker.blocked(now)
         allowed = away_from([*request.avoid, *request.gave_up, *lost_with(request), *failing], pool)
         column = self._route(work_s * self.costs.cost.prefill, allowed, self.rng) if pool.iids else None

@@ -215,7 +215,7 @@ class Worker:
         actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
         chunk = None
         if queued and batch.lone is None:
-            if self.role == "auto" and decodes:
+            if self.role == "auto":
                 chunk = self.chunk_limit.tokens(budget - decodes, now)
             actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, now), now)
         lone = batch.lone or prefill.lone()
