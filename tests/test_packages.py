@@ -211,6 +211,7 @@ def test_every_file_keeps_the_rule(rule):
 
 # Files without a test of their name, and the test that covers them: contracts, and what is tested with its callers.
 TESTED_ELSEWHERE = {
+    "core/prefill/home": "core/worker/test_home.py",
     "engine/base": "engine/test_emulated.py",
     "engine/plan": "engine/test_paged.py",
     "engine_request": "engine/test_paged.py",

@@ -32,6 +32,7 @@ from tetri.engine.base import Engine, EngineError
 from tetri.models import ModelError, cache
 
 BUDGET_S = 12.0  # of a measurement; the scene that runs then is the last one
+LONGEST_S = 60.0  # that it may take on a slow or busy machine until all scenes have run once; else it has failed
 ROUNDS = 5  # most measurements of each point
 WAIT_S = 90.0  # longest wait for other workers; one that hangs must not keep this one from serving
 POLL_S = 0.1
@@ -96,8 +97,8 @@ class Turn:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    def take(self, *, alone: bool) -> None:
-        """Take the lock, or go on without it after WAIT_S seconds."""
+    def hold(self, *, alone: bool) -> None:
+        """Hold the lock, or go on without it after WAIT_S seconds."""
         until = time.monotonic() + WAIT_S
         while time.monotonic() < until:
             try:
@@ -132,7 +133,7 @@ def turn(config: Config, logger: Logger) -> Iterator[Turn | None]:
         yield None
         return
     try:
-        lock.take(alone=False)
+        lock.hold(alone=False)
         yield lock
     finally:
         lock.close()
@@ -147,7 +148,7 @@ def of_engine(
         return None
     found = _kept(engine, config, logger) if lock is not None else None
     if found is None and lock is not None:
-        lock.take(alone=True)
+        lock.hold(alone=True)
         found = _kept(engine, config, logger)  # another worker may have measured it
     if found is not None:
         return found
@@ -186,16 +187,16 @@ def _measured(engine: Engine, config: Config, clock: Callable[[], float], logger
 
     start = time.monotonic()
 
-    def enough() -> bool:
-        return time.monotonic() - start > BUDGET_S
+    def enough(complete: bool) -> bool:
+        return time.monotonic() - start > (BUDGET_S if complete else LONGEST_S)
 
     try:
         made = fit(measure(engine, brief(engine.capacity), ROUNDS, clock, Random(0), enough=enough))
     except (ProfileError, EngineError, CostError) as error:
         logger.warning("the cost table could not be measured: %s", error)
         return None, ""
-    took = f"measured in {time.monotonic() - start:.1f} s, {made.quality['fitted'].mean:.1%} off on average"
-    logger.info("the cost table was %s", took)
+    how = f"measured in {time.monotonic() - start:.1f} s, {made.quality['fitted'].mean:.1%} off on average"
+    logger.info("the cost table was %s", how)
     source = f"{described(engine, config)}, {time.strftime('%Y-%m-%d')}, at a worker's start"
-    comment = f"By a worker at its start: {took}. docs/cost.md says what each key means."
+    comment = f"By a worker at its start: {how}. docs/cost.md says what each key means."
     return dataclasses.replace(made.cost, **kv_of(engine), source=source), comment
