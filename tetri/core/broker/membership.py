@@ -54,7 +54,7 @@ class Member:
 
     @property
     def role(self) -> str:
-        """prefill, decode or mixed."""
+        """prefill, decode, mixed or auto."""
         return self.instance.role
 
 
@@ -282,7 +282,8 @@ class Members:
         phases = (("prefill", prefillers), ("decode", decoders))
         self._largest = {phase: max((each.capacity.tokens for each in able), default=inf) for phase, able in phases}
         to_decode = Compatibility(decoders)
-        self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), "mixed": Compatibility(live)}
+        both = dict.fromkeys(("mixed", "auto"), Compatibility(live))
+        self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), **both}
         able: list[tuple[int, str]] = []
         for instance in prefillers:
             choice = to_decode.of(instance).total
