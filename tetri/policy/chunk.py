@@ -12,7 +12,7 @@ from tetri.policy.views import MixedStep, Progress
 
 #: Sizes that are tried beside running decodes, in tokens.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-SPARED = 0.1  # share of the running decodes, those with the least slack, that do not limit the chunk
+SPARED = 0.0
 
 
 def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:

@@ -7,6 +7,7 @@ prefill. Policies are stateless: the pool's owner maintains `pool.last`.
 
 from __future__ import annotations
 
+from math import inf
 from random import Random
 
 from tetri.policy.views import PrefillPool
@@ -20,10 +21,20 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
 
 
 def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """The instance that is expected to have computed the prompt first, on a tie the first: all work assigned to it,
-    with this prompt, in the share of its time that its decodes leave. Not in the paper."""
+    """Not in the paper: of the instances that are expected to compute the prompt in time, the one where that delays the
+    fewest decodes; if none is, the one that computes it first. An instance is expected to compute all work assigned to
+    it in the share of its time that its decodes leave."""
     seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
-    return seconds.index(min(seconds)) if seconds else None
+    if not seconds:
+        return None
+    least, limit = min(seconds), IN_TIME * pool.ttft_s
+    if least >= limit:
+        return seconds.index(least)
+    return min(range(len(seconds)), key=lambda i: (pool.decodes[i] + D*seconds[i] if seconds[i] < limit else inf, seconds[i]))
+
+
+IN_TIME = 0.5
+D = 0.0
 
 
 def random(work_s: float, pool: PrefillPool, rng: Random) -> int | None:

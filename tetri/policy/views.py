@@ -22,7 +22,9 @@ class PrefillPool:
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
     share: list[float] = field(default_factory=list)
+    decodes: list[float] = field(default_factory=list)
     last: int = -1
+    ttft_s: float = 0.0
 
 
 class Need(Value, frozen=True):
@@ -102,6 +104,34 @@ class MixedStep(Value, frozen=True):
     later_s: Sequence[float]
     wanted: float
     start: int = 0
+
+
+class ClusterLoad(Value, frozen=True):
+    """What the adaptive instances do together, over the last seconds.
+
+    instances   how many there are
+    prefill     seconds of prefill that arrive in a second, predicted for chunks without decodes
+    tokens      output tokens a second, of all
+    context     tokens of all requests that decode or wait for it
+    kv_tokens   that one instance holds
+    mean_s, long_s    seconds of the prefill of a prompt: the mean, and that of a long one
+    base_s, request_s a decode step takes base_s, and request_s more for each request in it
+    beside      time that a chunk adds to a decode step, over that of the chunk alone
+    ttft_s, tpot_s    the limits
+    """
+
+    instances: int
+    prefill: float
+    tokens: float
+    context: int
+    kv_tokens: int
+    mean_s: float
+    long_s: float
+    base_s: float
+    request_s: float
+    beside: float
+    ttft_s: float
+    tpot_s: float
 
 
 class BatchMember(Value, frozen=True):

@@ -20,6 +20,8 @@ from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import LengthRange, Token, blocks_for
 from tetri.wire.messages import End, TokenItem
 
+AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
+EARLY = 0.1
 Ended = list[tuple[DecodeRequest, End]]
 
 
@@ -161,10 +163,14 @@ class Batch:
         ahead: list[float] = []
         later: list[float] = []
         for request in self.running.values():
-            tpot_s = request.offer.tpot_s
-            if tpot_s is not None:
-                ahead.append(request.first_at - now + len(request.tokens) * tpot_s)
-                later.append(ahead[-1] + more * max(tpot_s - step_s, 0.0))
+            limit_s = request.offer.tpot_s
+            if limit_s is not None:
+                tpot_s = AIMED * limit_s
+                left = request.first_at - now + len(request.tokens) * tpot_s
+                gain = left + more * max(tpot_s - step_s, 0.0)
+                if gain >= step_s:
+                    ahead.append(left + EARLY * (gain - left))
+                    later.append(gain)
         return ahead, later
 
     def stuck(self) -> bool:

@@ -63,6 +63,7 @@ class PrefillScheduler:
         self._attempts: dict[str, dict[str, PrefillChoice]] = {}  # rid -> its attempts here, by key
         self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
+        self.arrived, self.arrived_s = 0, 0.0
 
     @property
     def slots_used(self) -> int:
@@ -100,6 +101,8 @@ class PrefillScheduler:
         tokens = len(prompt) + len(output)
         left_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
         due = None if message.deadline_s is None else now + message.deadline_s
+        self.arrived += 1
+        self.arrived_s += left_s * self.cost.prefill
         queued = QueuedPrompt(key, self._arrivals, tokens, now, left_s * self.cost.prefill, due)
         sampling = message.sampling
         if choices[0].rid != message.rid:
@@ -167,7 +170,7 @@ class PrefillScheduler:
         fresh = [self.requests[key] for key in keys if not self.requests[key].running]
         actions = [action for request in fresh for action in self._start(request, now)]
         if self.queue.short and any(request.flow.stays for request in fresh):
-            self._choose(prompts)
+            self._choose([prompt for prompt in prompts if self.requests[prompt.key].running])
         return actions
 
     def in_order(self) -> Iterator[PrefillRequest]:
@@ -253,7 +256,7 @@ class PrefillScheduler:
     # ------------------------------------------------------------ what the step did
 
     def step_done(self, done: StepDone, *, strained: bool) -> list[Action]:
-        """Report first tokens, then export the KV blocks that this chunk completed.
+        """Report first tokens, and settle the lengths that the step has shown.
 
         `strained`: memory was short, or the engine computed a preempted decode again, so it may have run more or fewer
         tokens of the chunk than planned. Raise Broken when the engine ran anything else."""
@@ -266,11 +269,18 @@ class PrefillScheduler:
             self.activity.computed("chunk", request.lead, span.start, span.stop)
         actions = self._first_tokens(done.tokens)
         actions += self.lengths.stepped(planned, done.estimates)
-        for span in done.spans:
-            actions += self.kv_send.export(self.requests[span.key])
         for key in done.preempted:
             self.activity.happened("preempted", self.requests[key].lead)
             self.queue.computed(self.requests[key], 0)
+        return actions
+
+    def place(self, done: StepDone, now: float) -> list[Action]:
+        """Once all that the step did is recorded, offer the requests whose length is known since: one that stays here
+        may replace an earlier attempt of itself in the batch. Then export the KV blocks that the chunk completed, of
+        those that do not stay."""
+        actions = self.lengths.place(now)
+        for span in done.spans:
+            actions += self.kv_send.export(self.requests[span.key])
         return actions
 
     def _first_tokens(self, tokens: Sequence[Sampled]) -> list[Action]:

@@ -13,7 +13,7 @@ from tetri.policy.views import MixedStep
 
 GAINED = 0.5  # share of the tokens that a decode is expected to write yet in which it may catch up
 LOOKED_AT = 32  # most queued prompts that are looked at
-PRESSED = 1.5
+PRESSED = 2.0
 
 
 class ChunkLimit:
@@ -28,7 +28,9 @@ class ChunkLimit:
         batch, context = len(self.batch.running), self.batch.forecast.context
         step_s = self.cost.decode_s(batch, context)
         ahead, later = self.batch.ahead_s(now, step_s, GAINED * self.batch.forecast.usual_output)
-        return limit(MixedStep(batch, context, ahead, later, self._wanted(now)), self.cost, most)
+        first = next(self.prefill.in_order(), None)
+        start = 0 if first is None else first.done
+        return limit(MixedStep(batch, context, ahead, later, self._wanted(now), start), self.cost, most)
 
     def _wanted(self, now: float) -> float:
         """Return the prompt tokens per second with which no queued prompt is late."""
