@@ -82,6 +82,16 @@ def test_an_engine_with_other_steps_has_a_table_of_its_own(monkeypatch):
     assert len(measured_cost.kept()) == 3
 
 
+def test_the_processor_is_named_with_its_gpus(tmp_path):
+    assert measured_cost.processor(tmp_path) == "an unknown CPU"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Quick 9000\n\nmodel name\t: Quick 9000\n")
+    for place, model in enumerate(("Wide 200", "Wide 100", "Wide 200")):
+        folder = tmp_path / "driver" / "nvidia" / "gpus" / f"0000:{place}"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t\t {model}\nIRQ: 1\n")
+    assert measured_cost.processor(tmp_path) == "Quick 9000, Wide 100, Wide 200"
+
+
 @pytest.mark.parametrize("settings", [["engine.cost="], ["engine.cost=v100-opt13b.toml"], ["engine.kind=emulated"]])
 def test_nothing_is_measured_unless_the_configuration_says_so(folder, settings):
     made = Measured()

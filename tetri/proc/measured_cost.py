@@ -57,14 +57,20 @@ def path_of(engine: Engine, config: Config) -> Path:
     return folder() / f"{Path(config.model.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.toml"
 
 
-def processor() -> str:
-    """The name of this machine's processor."""
+def processor(proc: Path = Path("/proc")) -> str:
+    """The name of this machine's processor, and of each kind of GPU that it has."""
+    cpu = _values(proc / "cpuinfo", "model name")[:1] or ["an unknown CPU"]
+    gpus = [_values(path, "Model") for path in proc.glob("driver/nvidia/gpus/*/information")]
+    return ", ".join([*cpu, *sorted({name for names in gpus for name in names})])
+
+
+def _values(path: Path, key: str) -> list[str]:
+    """What follows `key:` in the lines of a file; nothing if it cannot be read."""
+    lines: list[str] = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return "an unknown CPU"
+        lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = [line.partition(":") for line in lines]
+    return [value.strip() for name, _, value in pairs if name.strip() == key]
 
 
 def described(engine: Engine, config: Config) -> str:
