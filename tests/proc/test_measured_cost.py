@@ -99,11 +99,16 @@ def test_nothing_is_measured_unless_the_configuration_says_so(folder, settings):
     assert made.now == 0.0 and not folder.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(folder, caplog):
+def test_a_cache_that_cannot_be_written_is_a_warning_and_can_be_read(folder, caplog):
     folder.write_text("a file")
-    assert Measured().table() is not None
+    found = Measured().table()
     (record,) = caplog.records
-    assert "measured at each start, since it cannot be kept" in record.getMessage()
+    assert found is not None and "measured now cannot be kept" in record.getMessage()
+    folder.unlink()
+    Measured().table()
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    assert (again := Measured(OTHER)).table() == found and again.now == 0.0
 
 
 def test_a_file_that_is_no_table_is_measured_again(caplog):

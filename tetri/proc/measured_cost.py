@@ -127,7 +127,7 @@ class Turn:
 @contextlib.contextmanager
 def turn(config: Config, logger: Logger) -> Iterator[Turn | None]:
     """Hold the lock together with others, for as long as the engine is built and `of_engine` runs. None if this
-    configuration does not measure, or the cache cannot be written."""
+    configuration does not measure, or nothing can be written to the cache."""
     if not config.engine.measures:
         yield None
         return
@@ -135,7 +135,7 @@ def turn(config: Config, logger: Logger) -> Iterator[Turn | None]:
         folder().mkdir(parents=True, exist_ok=True)
         lock = Turn(folder() / ".lock")
     except (OSError, ModelError) as error:
-        logger.warning("the cost table will be measured at each start, since it cannot be kept: %s", error)
+        logger.warning("a cost table that is measured now cannot be kept: %s", error)
         yield None
         return
     try:
@@ -152,7 +152,7 @@ def of_engine(
     does not measure, or a measurement fails; the log says why."""
     if not config.engine.measures:
         return None
-    found = _kept(engine, config, logger) if lock is not None else None
+    found = _kept(engine, config, logger)
     if found is None and lock is not None:
         lock.hold(alone=True)
         found = _kept(engine, config, logger)  # another worker may have measured it
@@ -168,12 +168,10 @@ def of_engine(
 
 
 def _kept(engine: Engine, config: Config, logger: Logger) -> Cost | None:
-    path = path_of(engine, config)
-    if not path.exists():
-        return None
     try:
-        return cost.load(path)
-    except CostError as error:
+        path = path_of(engine, config)
+        return cost.load(path) if path.exists() else None
+    except (CostError, ModelError, OSError) as error:
         logger.warning("the cost table is measured again: %s", error)
         return None
 
