@@ -63,7 +63,6 @@ class PrefillScheduler:
         self._attempts: dict[str, dict[str, PrefillChoice]] = {}  # rid -> its attempts here, by key
         self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
-        self.arrived, self.arrived_s = 0, 0.0
 
     @property
     def slots_used(self) -> int:
@@ -101,8 +100,6 @@ class PrefillScheduler:
         tokens = len(prompt) + len(output)
         left_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
         due = None if message.deadline_s is None else now + message.deadline_s
-        self.arrived += 1
-        self.arrived_s += left_s * self.cost.prefill
         queued = QueuedPrompt(key, self._arrivals, tokens, now, left_s * self.cost.prefill, due)
         sampling = message.sampling
         if choices[0].rid != message.rid:

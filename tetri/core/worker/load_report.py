@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any
 
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.batch import Batch
@@ -12,12 +11,11 @@ from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.cost import CURVES, CorrectedCost, Cost
-from tetri.engine_request import Span, StepDone
+from tetri.engine_request import StepDone
 from tetri.request import StepRatio
 from tetri.wire.load import Load
 from tetri.wire.messages import CostTable, Heartbeat, Hold, LoadReport, Ready
 
-AIMED = 0.9
 LISTED = 1000  # most requests that a heartbeat lists, on average
 LEAST, MOST = 3, 31  # steps of a phase that were compared before it has a ratio, and the last ones that count
 
@@ -118,29 +116,9 @@ class LoadReporter:
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
             unread=self.hand_overs.kv_receive.failing,
-            **self._slack(),
+            step_s=forecast.step_s(),
+            share=self.decode.prefill_share(),
         )
-
-    def _slack(self) -> dict[str, Any]:
-        forecast, cost = self.decode.forecast, self.cost
-        step_s = cost.decode_s(forecast.requests, forecast.context)
-        limits = sorted(r.offer.tpot_s for r in self.decode.requests.values() if r.end is None and r.offer.tpot_s)
-        tpot_s = limits[len(limits) // 2] if limits else 0.0
-        share = max(1.0 - step_s / (AIMED * tpot_s), 0.0) if tpot_s else 1.0
-        knee = self.own.cost.chunk_tokens or self.own.capacity.chunk_tokens
-        ttfts = sorted(r.slo.ttft_s for r in self.prefill.requests.values() if r.slo.ttft_s)
-        return {
-            "context": forecast.context,
-            "arrived": self.prefill.arrived,
-            "arrived_s": self.prefill.arrived_s,
-            "decoded": self.activity.decode_tokens,
-            "share": share,
-            "step_s": step_s,
-            "base_s": cost.decode_s(1, 0),
-            "chunk_s": cost.chunk_s((Span("", 0, knee),)),
-            "ttft_s": ttfts[len(ttfts) // 2] if ttfts else 0.0,
-            "tpot_s": tpot_s,
-        }
 
     def decode_load(self) -> Load:
         """What a decode route reads of the load of this instance, for its own prompts. The dispatcher calls this, so it
@@ -154,7 +132,7 @@ class LoadReporter:
             growth_blocks=forecast.growth,
             kept_blocks=self.hand_overs.kept_blocks(),
             deferred_blocks=self.hand_overs.deferred.blocks,
-            step_s=self.cost.decode_s(forecast.requests, forecast.context),
+            step_s=forecast.step_s(),
         )
 
     def _free_blocks(self) -> int:

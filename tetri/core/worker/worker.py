@@ -238,7 +238,8 @@ class Worker:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
-        return self._start_step(actions, 1 if prefill.expected or chunk is not None else batch.most(timer - now), now, chunk)
+        most = 1 if prefill.expected or chunk is not None else batch.most(timer - now)
+        return self._start_step(actions, most, now, chunk)
 
     def _free_memory(self) -> FreeMemory | None:
         """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""
