@@ -153,12 +153,13 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ the next chunk
 
-    def plan(self, budget: int, now: float) -> list[Action]:
-        """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine.
+    def plan(self, budget: int, free: int, now: float) -> list[Action]:
+        """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine: new ones only as far as
+        `free` KV blocks suffice.
 
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
         may use the reserve. One that stays here needs no slots, and goes on at once."""
-        self.budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
+        self.budget, most = budget, self.own.capacity.max_batch
         prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
         keys = [span.key for span in self.expected]
