@@ -1,12 +1,10 @@
-"""What every engine promises of requests that stay where they were prefilled, and of steps with a limited chunk.
-
-Lengths are in tokens: a block holds 32, a step computes 64."""
+"""The part of the engine's contract (contract.py) on requests that stay where they were prefilled, and on steps with a
+limited chunk."""
 
 from __future__ import annotations
 
 import pytest
 
-from tests.engine.contract import EngineContract
 from tests.engine.driving import adopt_all, computed, engine_request, prefill, prompt, run, stay
 from tetri.engine.base import EngineError
 from tetri.engine_request import Span, StepDone
@@ -16,7 +14,7 @@ DRAWN = {"temperature": 0.9, "seed": 5}
 PENALTIES = {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.5, "min_tokens": 4}
 
 
-class StayContract(EngineContract):
+class StayContract:
     def text(self, tokens, **sampling):
         return self.right(tokens, Sampling(**{"max_tokens": 8, "ignore_eos": True, **sampling}))
 

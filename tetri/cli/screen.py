@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from tetri.cli import columns as shown
 from tetri.cli.columns import Column, cells
-from tetri.cli.rates import Span, Window
 from tetri.cli.status import monitor
 from tetri.cli.units import NOTHING, ago, bar, count, limits, number, seconds
-from tetri.metrics import attainment
+from tetri.metrics import Bucketed, attainment
+from tetri.rates import Span, Window
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, Stage
 from tetri.terminal import harmless
 from tetri.wire.clients import InstanceStatus, Observation
@@ -104,12 +104,15 @@ def _summary(observation: Observation, span: Span) -> list[Text]:
 
 def _kept(span: Span) -> str:
     kept = attainment(span.slo_requests)
-    goodput = f"   goodput {number(span.slo_requests.get('met', 0) / span.seconds)} requests/s" if span.seconds else ""
+    goodput = "" if span.goodput is None else f"   goodput {number(span.goodput)} requests/s"
     return f"kept {NOTHING if kept is None else f'{kept:.0%}'}{goodput}"
 
 
-def _latency(name: str, found: tuple[float, float] | None) -> str:
-    return f"{name} p50 {seconds(found[0])} p99 {seconds(found[1])}" if found else f"{name} {NOTHING}"
+def _latency(name: str, found: Bucketed | None) -> str:
+    if found is None:
+        return f"{name} {NOTHING}"
+    half, most = found.percentiles()
+    return f"{name} p50 {seconds(half)} p99 {seconds(most)}"
 
 
 def _event(age_s: float, event: ClusterEvent) -> Text:

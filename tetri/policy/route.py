@@ -11,6 +11,8 @@ from random import Random
 
 from tetri.policy.views import PrefillPool
 
+IN_TIME = 0.5  # share of the time that is left for the first token in which a prompt is expected to be computed
+
 
 def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
     """The prefill instance with the fewest predicted seconds of queued work, on a tie the first. The paper (section
@@ -20,10 +22,18 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
 
 
 def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """The instance that is expected to have computed the prompt first, on a tie the first: all work assigned to it,
-    with this prompt, in the share of its time that its decodes leave. Not in the paper."""
+    """Of the instances that are expected to compute the prompt in time, the one where that delays the fewest decodes;
+    if none is, the one that computes it first. An instance is expected to compute all work assigned to it in the share
+    of its time that its decodes leave. Instances in fixed roles are taken to have no decodes: among them this is
+    `least_loaded`. Not in the paper."""
     seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
-    return seconds.index(min(seconds)) if seconds else None
+    if not seconds:
+        return None
+    first, in_time = min(seconds), IN_TIME * pool.ttft_s
+    if first >= in_time:
+        return seconds.index(first)
+    able = [i for i, each in enumerate(seconds) if each < in_time]
+    return min(able, key=lambda i: (pool.decodes[i], seconds[i]))
 
 
 def random(work_s: float, pool: PrefillPool, rng: Random) -> int | None:

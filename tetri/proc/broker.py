@@ -40,7 +40,7 @@ from tetri.proc import build
 from tetri.proc.cheap_checks import submit_problem
 from tetri.proc.cpus import pin
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import completed, of_config, of_tokenizer, with_refused
+from tetri.proc.notes import completed, of_config, of_costs, of_tokenizer, with_refused
 from tetri.proc.recorder import BrokerStart, full_records, recorded
 from tetri.proc.submission import content, submitted
 from tetri.proc.texts import Texts, Tokenised, command
@@ -201,7 +201,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         core = recorded(start.core(), start, config, BROKER, epoch, stack)
         executor = ActionExecutor(core, hub, tokenizer, texts, logger)
         lasting = [*of_config(config, logger), *of_tokenizer(tokenizer, logger)]
-        executor.notes = lambda: [*lasting, *full_records(config)]
+        executor.notes = lambda: [*lasting, *of_costs(config, core.costs.known), *full_records(config)]
         texts.ready()
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage, config.broker.max_clients)

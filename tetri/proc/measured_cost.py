@@ -32,6 +32,7 @@ from tetri.engine.base import Engine, EngineError
 from tetri.models import ModelError, cache
 
 BUDGET_S = 12.0  # of a measurement; the scene that runs then is the last one
+LONGEST_S = 60.0  # that it may take on a slow or busy machine until all scenes have run once; else it has failed
 ROUNDS = 5  # most measurements of each point
 WAIT_S = 90.0  # longest wait for other workers; one that hangs must not keep this one from serving
 POLL_S = 0.1
@@ -56,14 +57,20 @@ def path_of(engine: Engine, config: Config) -> Path:
     return folder() / f"{Path(config.model.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.toml"
 
 
-def processor() -> str:
-    """The name of this machine's processor."""
+def processor(proc: Path = Path("/proc")) -> str:
+    """The name of this machine's processor, and of each kind of GPU that it has."""
+    cpu = _values(proc / "cpuinfo", "model name")[:1] or ["an unknown CPU"]
+    gpus = [_values(path, "Model") for path in proc.glob("driver/nvidia/gpus/*/information")]
+    return ", ".join([*cpu, *sorted({name for names in gpus for name in names})])
+
+
+def _values(path: Path, key: str) -> list[str]:
+    """What follows `key:` in the lines of a file; nothing if it cannot be read."""
+    lines: list[str] = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return "an unknown CPU"
+        lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = [line.partition(":") for line in lines]
+    return [value.strip() for name, _, value in pairs if name.strip() == key]
 
 
 def described(engine: Engine, config: Config) -> str:
@@ -96,8 +103,8 @@ class Turn:
     def __init__(self, path: Path) -> None:
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
-    def take(self, *, alone: bool) -> None:
-        """Take the lock, or go on without it after WAIT_S seconds."""
+    def hold(self, *, alone: bool) -> None:
+        """Hold the lock, or go on without it after WAIT_S seconds."""
         until = time.monotonic() + WAIT_S
         while time.monotonic() < until:
             try:
@@ -120,7 +127,7 @@ class Turn:
 @contextlib.contextmanager
 def turn(config: Config, logger: Logger) -> Iterator[Turn | None]:
     """Hold the lock together with others, for as long as the engine is built and `of_engine` runs. None if this
-    configuration does not measure, or the cache cannot be written."""
+    configuration does not measure, or nothing can be written to the cache."""
     if not config.engine.measures:
         yield None
         return
@@ -128,11 +135,11 @@ def turn(config: Config, logger: Logger) -> Iterator[Turn | None]:
         folder().mkdir(parents=True, exist_ok=True)
         lock = Turn(folder() / ".lock")
     except (OSError, ModelError) as error:
-        logger.warning("the cost table will be measured at each start, since it cannot be kept: %s", error)
+        logger.warning("a cost table that is measured now cannot be kept: %s", error)
         yield None
         return
     try:
-        lock.take(alone=False)
+        lock.hold(alone=False)
         yield lock
     finally:
         lock.close()
@@ -145,9 +152,9 @@ def of_engine(
     does not measure, or a measurement fails; the log says why."""
     if not config.engine.measures:
         return None
-    found = _kept(engine, config, logger) if lock is not None else None
+    found = _kept(engine, config, logger)
     if found is None and lock is not None:
-        lock.take(alone=True)
+        lock.hold(alone=True)
         found = _kept(engine, config, logger)  # another worker may have measured it
     if found is not None:
         return found
@@ -161,12 +168,10 @@ def of_engine(
 
 
 def _kept(engine: Engine, config: Config, logger: Logger) -> Cost | None:
-    path = path_of(engine, config)
-    if not path.exists():
-        return None
     try:
-        return cost.load(path)
-    except CostError as error:
+        path = path_of(engine, config)
+        return cost.load(path) if path.exists() else None
+    except (CostError, ModelError, OSError) as error:
         logger.warning("the cost table is measured again: %s", error)
         return None
 
@@ -186,16 +191,16 @@ def _measured(engine: Engine, config: Config, clock: Callable[[], float], logger
 
     start = time.monotonic()
 
-    def enough() -> bool:
-        return time.monotonic() - start > BUDGET_S
+    def enough(complete: bool) -> bool:
+        return time.monotonic() - start > (BUDGET_S if complete else LONGEST_S)
 
     try:
         made = fit(measure(engine, brief(engine.capacity), ROUNDS, clock, Random(0), enough=enough))
     except (ProfileError, EngineError, CostError) as error:
         logger.warning("the cost table could not be measured: %s", error)
         return None, ""
-    took = f"measured in {time.monotonic() - start:.1f} s, {made.quality['fitted'].mean:.1%} off on average"
-    logger.info("the cost table was %s", took)
+    how = f"measured in {time.monotonic() - start:.1f} s, {made.quality['fitted'].mean:.1%} off on average"
+    logger.info("the cost table was %s", how)
     source = f"{described(engine, config)}, {time.strftime('%Y-%m-%d')}, at a worker's start"
-    comment = f"By a worker at its start: {took}. docs/cost.md says what each key means."
+    comment = f"By a worker at its start: {how}. docs/cost.md says what each key means."
     return dataclasses.replace(made.cost, **kv_of(engine), source=source), comment

@@ -70,19 +70,22 @@ def measure(
     clock: Callable[[], float],
     rng: Random,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    enough: Callable[[], bool] = lambda: False,
+    enough: Callable[[bool], bool] = lambda complete: False,
 ) -> list[MeasuredPoint]:
-    """Run all scenes `rounds` times, first as they are listed, then in a new random order each round. `clock`: seconds,
-    from any start. `progress(done, total)` is called after each scene. `enough`: whether to stop, asked before each
-    scene. Raises ProfileError or EngineError, with nothing left in the engine."""
+    """Run all scenes `rounds` times, in a new random order each round. `clock`: seconds, from any start.
+    `progress(done, total)` is called after each scene. `enough(complete)`, asked before each scene: whether to stop;
+    `complete`: all have run once, else that is an error. Raises ProfileError or EngineError, with nothing left in the
+    engine."""
     bench = _Bench(engine, clock)
     for scene in scenes[::WARM_EVERY]:  # a real engine loads and selects kernels in its first steps
         bench.run(scene)
     found: dict[What, list[float]] = {}
     fitted: set[What] = set()
-    order = [*scenes, *(scene for _ in range(1, rounds) for scene in rng.sample(scenes, len(scenes)))]
+    order = [scene for _ in range(rounds) for scene in rng.sample(scenes, len(scenes))]
     for index, scene in enumerate(order, 1):
-        if enough():
+        if enough(index > len(scenes)):
+            if index <= len(scenes):
+                raise ProfileError(f"the time was enough for {index - 1} of {len(scenes)} scenes only")
             break
         for what, seconds in bench.run(scene):
             found.setdefault(what, []).append(seconds)

@@ -40,11 +40,8 @@ def scenes(capacity: Capacity, quick: bool = False) -> list[Scene]:
 
 
 def brief(capacity: Capacity) -> list[Scene]:
-    """The scenes of the quick fit, in an order in which already the first few have all kinds and the largest sizes: for
-    a measurement that ends when its time is up."""
-    fitted = [scene for scene in scenes(capacity, quick=True) if not scene.held_out][::-1]
-    strides = [len(fitted) >> shift or 1 for shift in range(len(fitted).bit_length())]
-    return list(dict.fromkeys(scene for stride in strides for scene in fitted[::stride]))
+    """The scenes of the quick fit, without those held out."""
+    return [scene for scene in scenes(capacity, quick=True) if not scene.held_out]
 
 
 def longest_prompt(capacity: Capacity) -> int:

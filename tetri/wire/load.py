@@ -25,11 +25,8 @@ class Load(Record, frozen=True):
     stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine
     unread          transfers in a row whose KV it could not read, from several instances and with none that it could;
                     else 0
-    context         of waiting and running: tokens of their prompts and outputs
-    arrived_s       predicted seconds of prefill of all requests that were ever assigned to it
-    share           share of its time that prefill gets while the running decodes keep their TPOT limits, 0 to 1
     step_s          predicted seconds of a decode step of waiting and running; 0 without any
-    ttft_s, tpot_s  the limits of the requests here, in the median; 0: none is here, or they have none
+    share           share of its time that prefill gets while these keep their limits of TPOT, 0 to 1
     """
 
     free_blocks: int
@@ -47,9 +44,5 @@ class Load(Record, frozen=True):
     busy: float = 0.0
     stalled: bool = False
     unread: Count = 0
-    context: Count = 0
-    arrived_s: float = 0.0
-    share: float = 1.0
     step_s: float = 0.0
-    ttft_s: float = 0.0
-    tpot_s: float = 0.0
+    share: float = 1.0

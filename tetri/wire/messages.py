@@ -180,14 +180,12 @@ class InstanceLoad(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 class ClusterView(Record, tag="view", frozen=True):
     """The load of all instances that report, published every `load_ms` and at once after a role change. A higher
     `number` replaces a lower one of the same `epoch` (the monitor's incarnation). `flip`: name of the monitor's flip
-    policy. `keeps`: the phase, prefill or decode, that an instance in the role auto should keep to for now; the others
-    in that role do both."""
+    policy."""
 
     epoch: int
     number: Count
     loads: list[InstanceLoad]
     flip: str = "none"
-    keeps: dict[Name, str] = {}
 
 
 # ---- to a worker's inbox

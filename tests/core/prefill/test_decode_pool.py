@@ -57,7 +57,6 @@ class World:
         assert chosen is None or self.pool.fits(made)
         return chosen
 
-
     def later(self, *refused, tokens=4, most=8):
         self.pool.refresh()
         return self.pool.choose_later(prefill_request(assign("a", tokens, max_tokens=most)), refused, Random(1))

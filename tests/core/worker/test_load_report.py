@@ -4,11 +4,13 @@ import pytest
 
 from tests.core.build import assign, capacity, close
 from tests.core.driver import working
-from tests.core.reading import only
-from tetri.core.actions import Publish
+from tests.core.reading import only, sent
+from tetri.core.actions import BROKER, Publish
 from tetri.core.worker import load_report
 from tetri.cost import Cost
 from tetri.request import LengthRange, StepRatio
+from tetri.wire.events import PeerUp
+from tetri.wire.messages import CostTable, Ready
 
 
 def test_loads_are_published_again_and_again():
@@ -45,6 +47,16 @@ def test_a_long_queue_is_listed_in_every_few_heartbeats_a_short_one_in_each(monk
     assert listed(8) == [None, None, None, 40] * 2
     told.tell(*[close(f"s{number}") for number in range(29)], close("one"))
     assert listed(2) == [10] * 2
+
+
+def test_a_worker_announces_its_table_if_it_has_one():
+    """Also one whose numbers were whole, as numbers of the other kind: a replay compares them."""
+    whole = Cost(prefill=((1, 2), (10, 3)), decode=((1, 0.5),), prefill_start_s=0.25, decode_context_s=0.125)
+    made = CostTable(prefill=[[1, 2], [10, 3]], decode=[[1, 0.5]], prefill_start_s=0.25, decode_context_s=0.125)
+    for changes, table in (({}, made), ({"compares_steps": False}, None)):
+        (ready,) = sent(working("p1", cost=whole, **changes).tell(PeerUp(BROKER)), kind=Ready)
+        assert ready.cost == table
+        assert table is None or all(type(x) is float for pair in ready.cost.prefill for x in pair)
 
 
 # ---------------------------------------------------------------- step times

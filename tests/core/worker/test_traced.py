@@ -72,6 +72,18 @@ def test_chunks_exports_and_hand_over_of_a_prompt():
     assert traced(told) == [] and told.heartbeat().activity == activity
 
 
+def test_a_prompt_that_stays_says_so_and_exports_nothing():
+    told = working("m1", **ROOMY)
+    told.tell(assign("r", prompt=8))
+    step(told, 2.0)
+    step(told)
+    assert told.heartbeat().traced == [
+        TraceEvent("offered", "r", 1, at=0.0, peer="m1"),
+        TraceEvent("granted", "r", 1, at=0.0, peer="m1", note="its KV stays in its place"),
+        TraceEvent("chunk", "r", 1, at=0.0, seconds=2.0, last=8, size=8),
+    ]
+
+
 def test_an_export_lasts_until_its_chunk_is_in_the_slab_if_it_is_still_wanted():
     told = working("p1", "d1", **ROOMY)
     told.exports = False
@@ -135,7 +147,7 @@ def test_a_prompt_that_loses_its_memory_is_computed_again():
 
 def test_a_prompt_that_gives_its_memory_to_a_decode_request_says_so():
     small = {"capacity": capacity(blocks=12, context=48), "slots": 6, "reserve_share": 1.0, "heartbeat_s": 1000.0}
-    told = working("m1", "d1", **small)
+    told = working("m1", "d1", role="prefill", **small)
     told.tell(assign("a", prompt=32, max_tokens=4))
     step(told)
     told.answer("a", refuse)

@@ -106,6 +106,7 @@ class Broker:
                 return [*self.flips.want(event, now), *self.lifecycle.place_waiting(now)]
             case ClusterView():
                 self.seen = (event, now)
+                self.members.viewed(event)
                 return []
             case PeerUp():
                 return self._up(event.peer, now)

@@ -73,8 +73,9 @@ class Lifecycle:
         tokens = len(request.prompt) + len(lead.output)
         pool = self.members.pool(tokens, self.table.work_ns)
         work_s = min(max(self.costs.work_s(tokens), SHORT_S), LONG_S)
+        pool.ttft_s = left(lead, now).ttft_s or 0.0
         failing = self.breaker.failing if request.avoid else self.breaker.blocked(now)
-        allowed = away_from([*request.avoid, *lost_with(request), *failing], pool)
+        allowed = away_from([*request.avoid, *request.gave_up, *lost_with(request), *failing], pool)
         column = self._route(work_s * self.costs.cost.prefill, allowed, self.rng) if pool.iids else None
         if column is None:
             beyond = self.members.beyond(tokens) if lead.attempt > 1 else None
@@ -375,6 +376,7 @@ class Lifecycle:
             return self.end(choice, "error", now, event.why)
         request = choice.request
         request.avoid = [*dict.fromkeys([*request.avoid, *event.avoid])]
+        request.gave_up = [] if event.avoid else [event.iid]
         if event.iid in event.avoid:
             if event.iid not in self.breaker.failing:
                 self.observer.happened("failing", event.iid, event.why, now)

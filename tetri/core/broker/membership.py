@@ -15,12 +15,13 @@ from tetri.policy.views import PrefillPool
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio, blocks_for
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.load import Load
-from tetri.wire.messages import FromWorker, Heartbeat, Membership, Ready
+from tetri.wire.messages import ClusterView, FromWorker, Heartbeat, Membership, Ready
 from tetri.wire.observation import Activity
 
 FORGET_S = 600.0  # seconds that a lost worker stays in the status
 SILENCE_S = 0.8  # most seconds between two Memberships: without one for `view_s`, 2 s, a worker registers again
 GATHER_S = 0.05  # least seconds between two Memberships: when many workers come or go at once, one tells of many
+LEAST_SHARE = 0.02  # of its time that prefill gets on an instance, however busy its decodes are
 EMPTY_POOL = PrefillPool()
 NONE_FOUND = Found({}, "")
 
@@ -53,7 +54,7 @@ class Member:
 
     @property
     def role(self) -> str:
-        """prefill, decode or mixed."""
+        """prefill, decode, mixed or auto."""
         return self.instance.role
 
 
@@ -74,6 +75,8 @@ class Members:
         self._sorted = False  # the pools are up to date
         self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
+        self._shares: dict[str, float] = {}  # as of the newest view
+        self._decodes: dict[str, int] = {}
         self._decoders: list[Capacity] = []  # of the live ones
         self._largest: dict[str, float] = {}  # phase -> tokens that its largest instance holds; inf: none is live
         self._compatible: dict[str, Compatibility] = {}  # role -> the instances that this role exchanges KV with
@@ -208,7 +211,18 @@ class Members:
             return EMPTY_POOL
         pool = self._pools[index]
         pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) * self.by_iid[iid].slowness for iid in pool.iids]
+        if not pool.share:
+            pool.share = [self._shares.get(iid, 1.0) for iid in pool.iids]
+            pool.decodes = [self._decodes.get(iid, 0) for iid in pool.iids]
         return pool
+
+    def viewed(self, view: ClusterView) -> None:
+        """Apply a new view: how much of its time prefill gets on each adaptive instance, and its decodes."""
+        loads = {each.iid: each.load for each in view.loads if each.role == "auto"}
+        self._shares = {iid: max(load.share, LEAST_SHARE) for iid, load in loads.items()}
+        self._decodes = {iid: load.running + load.waiting for iid, load in loads.items()}
+        for pool in self._pools:
+            pool.share = []
 
     def too_long(self, prompt: int, total: int) -> str | None:
         """Why no live instance can hold a request of `prompt` prompt tokens and `total` tokens; None if one can."""
@@ -268,7 +282,8 @@ class Members:
         phases = (("prefill", prefillers), ("decode", decoders))
         self._largest = {phase: max((each.capacity.tokens for each in able), default=inf) for phase, able in phases}
         to_decode = Compatibility(decoders)
-        self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), "mixed": Compatibility(live)}
+        both = dict.fromkeys(("mixed", "auto"), Compatibility(live))
+        self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), **both}
         able: list[tuple[int, str]] = []
         for instance in prefillers:
             choice = to_decode.of(instance).total

@@ -68,5 +68,11 @@ def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:
     columns = [column for column, iid in enumerate(pool.iids) if iid not in iids] if iids else []
     if not columns:
         return pool
-    last = columns.index(pool.last) if pool.last in columns else -1
-    return PrefillPool([pool.iids[column] for column in columns], [pool.queued_s[column] for column in columns], last)
+    return PrefillPool(
+        iids=[pool.iids[column] for column in columns],
+        queued_s=[pool.queued_s[column] for column in columns],
+        share=[pool.share[column] for column in columns],
+        decodes=[pool.decodes[column] for column in columns],
+        ttft_s=pool.ttft_s,
+        last=columns.index(pool.last) if pool.last in columns else -1,
+    )

@@ -181,6 +181,7 @@ class LivePool:
         pool.spare = [left - load.growth_blocks for left, load in zip(pool.free, loads, strict=True)]
         pool.heavy = [load.heavy for load in loads]
         pool.light = [load.waiting + load.running - load.heavy for load in loads]
+        pool.step_s = [load.step_s for load in loads]
         for number, reservation in list(self.reservations.items()):
             report = reports.get(reservation.iid)
             made_at = inf if report is None else self.peers.seen_at - report.age_s
@@ -195,7 +196,8 @@ class LivePool:
         self._member_version = self.peers.member_version
         self._instances = self.peers.decoders()
         self._home_column = len(self._instances) if decodes_here else None
-        self.columns.home = -1 if self._home_column is None else self._home_column
+        adapts = self.home is not None and self.home.adapts()
+        self.columns.home = self._home_column if adapts and self._home_column is not None else -1
         iids = [instance.iid for instance in self._instances] + [self.own.iid] * decodes_here
         self._column = {iid: column for column, iid in enumerate(iids)}
         self._smallest_blocks = min((instance.capacity.blocks for instance in self._instances), default=0)
@@ -210,6 +212,7 @@ class LivePool:
         pool.spare[column] = pool.free[column] - load.growth_blocks
         pool.heavy[column] = load.heavy
         pool.light[column] = load.waiting + load.running - load.heavy
+        pool.step_s[column] = load.step_s
 
     def _add_load(self, iid: str, need: Need, sign: int) -> None:
         column, pool = self._column.get(iid), self.columns

@@ -122,8 +122,7 @@ class LengthWait:
         return actions
 
     def place(self, now: float) -> list[Action]:
-        """Offer the requests whose length became known in the last step, once all that it did is recorded: one that
-        decodes here may replace an earlier attempt of itself in the batch."""
+        """Offer the requests whose length became known in the last step."""
         places, self._places = self._places, False
         return self.dispatcher.dispatch(now) if places else []
 
@@ -147,8 +146,10 @@ class LengthWait:
             self._settle_late(request)
         else:
             self.dispatcher.settle(request, length)
-        self._places |= stepping and self.dispatcher.decodes_here
-        return [] if self._places else self.dispatcher.dispatch(now)
+        if stepping and self.dispatcher.decodes_here:
+            self._places = True
+            return []
+        return self.dispatcher.dispatch(now)
 
     def _known_after_hand_over(self, event: LengthKnown) -> list[Action]:
         """Send an answer that comes after the hand-over to the decode instance."""

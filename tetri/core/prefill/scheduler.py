@@ -167,7 +167,7 @@ class PrefillScheduler:
         fresh = [self.requests[key] for key in keys if not self.requests[key].running]
         actions = [action for request in fresh for action in self._start(request, now)]
         if self.queue.short and any(request.flow.stays for request in fresh):
-            self._choose(prompts)
+            self._choose([prompt for prompt in prompts if self.requests[prompt.key].running])
         return actions
 
     def in_order(self) -> Iterator[PrefillRequest]:
@@ -253,7 +253,7 @@ class PrefillScheduler:
     # ------------------------------------------------------------ what the step did
 
     def step_done(self, done: StepDone, *, strained: bool) -> list[Action]:
-        """Report first tokens, then export the KV blocks that this chunk completed.
+        """Report first tokens, and settle the lengths that the step has shown.
 
         `strained`: memory was short, or the engine computed a preempted decode again, so it may have run more or fewer
         tokens of the chunk than planned. Raise Broken when the engine ran anything else."""
@@ -266,11 +266,18 @@ class PrefillScheduler:
             self.activity.computed("chunk", request.lead, span.start, span.stop)
         actions = self._first_tokens(done.tokens)
         actions += self.lengths.stepped(planned, done.estimates)
-        for span in done.spans:
-            actions += self.kv_send.export(self.requests[span.key])
         for key in done.preempted:
             self.activity.happened("preempted", self.requests[key].lead)
             self.queue.computed(self.requests[key], 0)
+        return actions
+
+    def place(self, done: StepDone, now: float) -> list[Action]:
+        """Once all that the step did is recorded, offer the requests whose length is known since: one that stays here
+        may replace an earlier attempt of itself in the batch. Then export the KV blocks that the chunk completed, of
+        those that do not stay."""
+        actions = self.lengths.place(now)
+        for span in done.spans:
+            actions += self.kv_send.export(self.requests[span.key])
         return actions
 
     def _first_tokens(self, tokens: Sequence[Sampled]) -> list[Action]:

@@ -67,7 +67,7 @@ class StepTimes:
 
 
 def _table(cost: Cost) -> CostTable:
-    curves = {name: [[*pair] for pair in getattr(cost, name)] for name in CURVES}
+    curves = {name: [[*map(float, pair)] for pair in getattr(cost, name)] for name in CURVES}
     return CostTable(**curves, prefill_start_s=cost.prefill_start_s, decode_context_s=cost.decode_context_s)
 
 
@@ -116,6 +116,8 @@ class LoadReporter:
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
             unread=self.hand_overs.kv_receive.failing,
+            step_s=forecast.step_s(),
+            share=self.decode.prefill_share(),
         )
 
     def decode_load(self) -> Load:
@@ -130,6 +132,7 @@ class LoadReporter:
             growth_blocks=forecast.growth,
             kept_blocks=self.hand_overs.kept_blocks(),
             deferred_blocks=self.hand_overs.deferred.blocks,
+            step_s=forecast.step_s(),
         )
 
     def _free_blocks(self) -> int:

@@ -215,7 +215,7 @@ class Worker:
         actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
         chunk = None
         if queued and batch.lone is None:
-            if self.role == "auto" and decodes:
+            if self.role == "auto":
                 chunk = self.chunk_limit.tokens(budget - decodes, now)
             actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, now), now)
         lone = batch.lone or prefill.lone()
@@ -236,7 +236,8 @@ class Worker:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
-        return self._start_step(actions, 1 if prefill.expected or chunk is not None else batch.most(timer - now), now, chunk)
+        most = 1 if prefill.expected or chunk is not None else batch.most(timer - now)
+        return self._start_step(actions, most, now, chunk)
 
     def _free_memory(self) -> FreeMemory | None:
         """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""
@@ -277,7 +278,8 @@ class Worker:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
-        actions += self.prefill.lengths.place(now)
+        if prefilled is not None:
+            actions += self.prefill.place(prefilled, now)
         self.idle = not (done.spans or done.tokens or done.allocated or self._way_out())
         return actions
 
