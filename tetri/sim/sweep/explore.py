@@ -22,7 +22,8 @@ from tetri.sim.sweep.store import Store
 FIRST = 0.75  # of the fluid bound: the first rate that is tried
 MARGIN = 1.01
 TRUST = 0.98  # a split whose estimate fails at this times the best goodput is not the best
-OPTIMISM = 0.94  # a split with the live cores reaches at least this times its estimate
+OPTIMISM = 0.97  # a split with the live cores reaches about this times its estimate
+SHARE = 0.85  # of its bound: the first rate of an estimate
 KINDS = ("coupled-ll", "coupled-rr", "split")
 CHUNKS = (512, 256, 2048)  # in the order in which they are tried
 
@@ -67,30 +68,26 @@ class Explorer:
         return made, best
 
     def _splits(self, splits: Sequence[Arrangement], best: float) -> list[Standing]:
-        """Rule splits out by their bounds and by estimates; then run the others, the best estimate first."""
-        out, left, hoped = [], [], best
+        """Rule splits out by their bounds and estimates, and run that with the best estimate."""
+        out: list[Standing] = []
+        estimates: dict[Arrangement, float] = {}
         bounds = {split: self.case.split_bound(split.prefill, split.decode, split.chunk) for split in splits}
+        hoped = best * TRUST
         for split in sorted(splits, key=bounds.__getitem__, reverse=True):
-            if bounds[split] <= hoped * TRUST:
+            if bounds[split] <= hoped:
                 out.append(Standing(split.name, None, f"not the best: its fluid bound is {bounds[split]:.4g}/s"))
                 continue
-            estimate = self._against(split.estimate, hoped * TRUST, 0.85 * bounds[split])
+            estimate = self._against(split.estimate, hoped, SHARE * bounds[split])
             if estimate.goodput is None:
-                out.append(Standing(split.name, None, f"not the best: its estimate {estimate.why.split(': ')[-1]}"))
-                continue
-            left.append((estimate.goodput, split))
-            hoped = max(hoped, estimate.goodput * OPTIMISM)
-        left.sort(key=lambda each: each[0], reverse=True)
-        for estimated, split in left:
-            if estimated < best * TRUST:
-                out.append(
-                    Standing(split.name, None, f"not the best: its goodput is estimated to be {estimated:.4g}/s")
-                )
-                continue
-            standing = self._against(split, best, estimated)
-            best = max(best, standing.goodput or 0.0)
-            out.append(standing)
-        return out
+                out.append(Standing(split.name, None, estimate.why.replace("fails", "its estimate fails")))
+            else:
+                estimates[split] = estimate.goodput
+                hoped = max(hoped, estimate.goodput)
+        ordered = sorted(estimates, key=estimates.__getitem__, reverse=True)
+        for split in ordered[1:]:
+            why = f"not the best: its estimate is {estimates[split]:.4g}/s, less than that of {ordered[0].name}"
+            out.append(Standing(split.name, None, why))
+        return out + [self._against(split, best, OPTIMISM * estimates[split]) for split in ordered[:1]]
 
     # ------------------------------------------------------------ one arrangement
 

@@ -80,7 +80,9 @@ def key(case: Case, arrangement: Arrangement) -> str:
 def _digest(case: Case, arrangement: Arrangement) -> str:
     """A digest of all that a result depends on, except the rate."""
     parts: list[Any] = [case.arrivals_digest, costs.load(case.cost), arrangement, case.slo("balanced")]
-    parts += [quick.SLOTS, quick.LINK_BYTES_S, evaluate.LOAD_S, evaluate.RULES, case.counted(case.requests)]
+    parts += [quick.SLOTS, quick.LINK_BYTES_S, case.counted(case.requests)]
+    if arrangement.kind not in evaluate.QUICK:
+        parts += [evaluate.LOAD_S, evaluate.RULES]
     if arrangement.kind == AUTO:
         parts.append(_sources())
     return sha256(repr(parts).encode()).hexdigest()[:12]
