@@ -1,7 +1,7 @@
 """How far prefill and decode are apart: how many of the adaptive instances keep to prefill (docs/adaptive.md).
 
-All others decode, and prefill too where their decodes leave time. So none is a cluster of coupled instances, and as many
-as the prompts need is the paper's split.
+All others decode, and prefill too where their decodes leave time. So none is a cluster of coupled instances, and as
+many as the prompts need is the paper's split.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def _ttft_s(load: ClusterLoad, free: float, used: float, instances: int) -> floa
     instance of its own, and is busy for the share `used` of the time (Sakasegawa's formula for the M/G/k queue)."""
     if not 0 <= used < 1:
         return inf
-    wait_s = load.mean_s / free * used ** (sqrt(2 * (instances + 1)) - 1) / (instances * (1 - used))
+    full: float = used ** (sqrt(2 * (instances + 1)) - 1)
+    wait_s = load.mean_s / free * full / (instances * (1 - used))
     return load.long_s / free + LONG * wait_s
 
 
