@@ -5,6 +5,7 @@ from math import exp
 import pytest
 
 from tests.engine.contract import CAPACITY, EngineContract
+from tests.engine.contract_moving import MovingContract
 from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prompt, run
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
@@ -43,7 +44,7 @@ class Watch:
         return self.now >= self.message_at
 
 
-class TestContract(EngineContract):
+class TestContract(EngineContract, MovingContract):
     @pytest.fixture
     def engine(self):
         made = emulated(CAPACITY)

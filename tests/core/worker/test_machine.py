@@ -133,8 +133,8 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 self.requests.pop(key, None)
                 here = self.requests
                 self.granted = {rid: made for rid, made in self.granted.items() if any(k in here for k in _keys(made))}
-            case say.AdmitRequest(key, token):
-                self.engine.admit(key, token)
+            case say.AdmitRequest(key, token, further):
+                self.engine.admit(key, token, further)
                 self.written[key] = len(self.requests[key].tokens) - self.requests[key].output_from + 1
             case say.HoldRequest(key, held):
                 assert key in self.requests

@@ -9,6 +9,7 @@ import pytest
 from vllm_process import BLOCK_BYTES, EngineProcess, arguments
 
 from tests.engine.contract import CAPACITY, EngineContract
+from tests.engine.contract_moving import MovingContract
 from tests.engine.driving import adopt_all, computed, engine_request, prompt, run
 from tetri.engine_request import StepDone
 from tetri.kv.base import Block, parts
@@ -56,7 +57,7 @@ def texts() -> dict:
     return {}
 
 
-class TestContract(EngineContract):
+class TestContract(EngineContract, MovingContract):
     @pytest.fixture
     def engine(self, small) -> Iterator[Near]:
         made = Near(small)
