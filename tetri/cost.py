@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from tetri.engine_request import Span
 from tetri.strict import shown
@@ -21,6 +21,13 @@ TABLES = Path(__file__).parent.parent / "conf" / "cost"  # folder of the tables 
 
 class CostError(ValueError):
     """A cost table cannot be read; one line that states what is wrong."""
+
+
+class StepCost(Protocol):
+    """What predicts the seconds of a step: a table, or a corrected one."""
+
+    def step_s(self, spans: Sequence[Span], batch: int, context: int) -> float:
+        """As Cost.step_s."""
 
 
 class _At(dict[float, float]):

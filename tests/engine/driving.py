@@ -56,6 +56,15 @@ def adopt_all(engine, prompts, **sampling):
     return {key: first.token for key, (_, first) in ready.items()}
 
 
+def stay(engine, key, decode_key, tokens, **sampling):
+    """Run a prefill leg that stays: its token. What waits for its admission then is `decode_key`."""
+    engine.add(engine_request(key, "prefill", tokens, **sampling))
+    engine.stay(key, decode_key)
+    while not (sampled := engine.step().tokens):
+        pass
+    return sampled[0]
+
+
 def held(steps, key):
     """How many blocks the leg has after each of these steps, as far as they tell."""
     counts, last = [], 0
@@ -73,11 +82,11 @@ def computed(step: StepDone):
     }
 
 
-def run(engine, *keys, most=1):
+def run(engine, *keys, most=1, chunk=None):
     """Step until these legs have ended: their tokens, the reasons of their ends, and all the steps."""
     tokens, reasons, steps = {key: [] for key in keys}, {}, []
     while len(reasons) < len(keys):
-        step = engine.step(most)
+        step = engine.step(most, chunk)
         assert step.spans or step.tokens, "the engine does not go on"
         steps.append(step)
         for sampled in step.tokens:

@@ -4,9 +4,10 @@ from math import exp
 
 import pytest
 
-from tests.engine.contract import CAPACITY, EngineContract
-from tests.engine.contract_moving import MovingContract
+from tests.engine.contract import CAPACITY
 from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prompt, run
+from tests.engine.move_contract import MoveContract
+from tests.engine.stay_contract import StayContract
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EOS, EmulatedEngine, logprob_of, next_token, reference, reference_tokens
@@ -44,7 +45,7 @@ class Watch:
         return self.now >= self.message_at
 
 
-class TestContract(EngineContract, MovingContract):
+class TestContract(StayContract, MoveContract):
     @pytest.fixture
     def engine(self):
         made = emulated(CAPACITY)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.instance import Reach
-from tetri.request import DEFAULT_TOKENS, AskedSampling, LengthDistribution, LengthRange, Sampling, Value
+from tetri.request import DEFAULT_TOKENS, AskedSampling, LengthDistribution, LengthRange, Sampling, Slo, Value
 from tetri.wire.clients import BrokerReply, ClientMessage, OperatorMessage
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Handle
@@ -188,6 +188,7 @@ class Submitted(Value, frozen=True):
     waited_s: float = 0.0
     n: int = 1
     default_tokens: int = DEFAULT_TOKENS
+    slo: Slo = Slo()
 
 
 class Detokenized(Value, frozen=True):

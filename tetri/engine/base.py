@@ -7,8 +7,8 @@ prefill  Computes KV for all of `tokens`, in chunks, oldest request first. The s
          yields one token, and one for each of its `siblings`, and ends the engine request. `export` can read its blocks
          until the next `step` or `cancel`.
          While it is held (`hold`), no step computes any of it; it keeps its blocks and its place in the order.
-         One that is to `stay` does not end: that step turns it into a decode request that has its KV already, in its
-         own blocks, and waits for `admit`. It ends as any other if its token ends the text.
+         One that is to `stay` does not end: the step yields its token under its key, and turns it into a decode request
+         that has its blocks, with their KV, and waits for `admit`. It ends as any other if its token ends the text.
 decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`), receives their KV by `adopt`, and runs
          after `admit`, which passes the token that follows `tokens`. The engine does not compute `tokens` again,
          unless it preempts the engine request; the spans show that. It can be held once it is admitted.
@@ -17,8 +17,9 @@ decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`),
          the last, unless it is preempted.
 
 A step computes at most `chunk_tokens` positions. Each running decode request gets one token, so prefill never delays
-decode by a step. The rest of the budget, or less if the step is limited (`chunk`), goes to one chunk of prefill tokens. `chunk_tokens` must be larger than the
-batch, or prefill would make no progress. The chunk may be smaller when a preempted request is computed again.
+decode by a step. The rest of the budget goes to one chunk of prefill tokens, which may be limited further (`chunk`).
+`chunk_tokens` must be larger than the batch, or prefill would make no progress. The chunk may be smaller when a
+preempted request is computed again.
 
 When the model computes no valid number for a request (NaN), the step ends that engine request with an error instead of
 a token; the others go on.
@@ -71,7 +72,8 @@ class Engine(Protocol):
         """Add an engine request. Raises EngineError when it can never run."""
 
     def cancel(self, key: str) -> None:
-        """End an engine request in any state and free its blocks before the next step. An unknown key is no error."""
+        """End an engine request in any state and free its blocks before the next step. An unknown key is no error. The
+        decode key of a prefill that is to stay takes that back: the prefill ends as any other."""
 
     def admit(self, key: str, token: int, further: Sequence[int] = ()) -> None:
         """Admit a decode request to the running batch, after all of its blocks were adopted. `token` follows its
@@ -84,7 +86,7 @@ class Engine(Protocol):
 
     def stay(self, key: str, decode_key: str) -> None:
         """Let a prefill request without siblings go on here, as decode request `decode_key`, when its prefill ends.
-        Raises EngineError when it cannot."""
+        Raises EngineError when it cannot, or when a request has that key."""
 
     def step(self, most: int = 1, chunk: int | None = None) -> StepDone:
         """Run one forward pass, or an idle pass that only allocates. Blocks until it is done. When only decode

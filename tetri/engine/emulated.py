@@ -89,7 +89,6 @@ class EmulatedEngine:
         self.free = list(range(capacity.blocks))
         self.contents: dict[str, Content] = {}  # by key, for the engine requests of `paged`
         self.logprobs: dict[str, list[Token]] = {}  # by key, where asked for: the tokens of this step
-        self.stays: dict[str, str] = {}  # prefill requests that go on here: key -> their key as decode requests
         self.left: dict[str, list[int]] = {}  # by key: blocks of requests that ended in the last step, still readable
         self.fingerprint = Fingerprint(
             engine="emulated",
@@ -117,7 +116,6 @@ class EmulatedEngine:
     def cancel(self, key: str) -> None:
         self.paged.cancel(key)
         self.left.pop(key, None)
-        self.stays.pop(key, None)
         content = self.contents.pop(key, None)
         if content is not None:
             self._release(content)
@@ -131,7 +129,6 @@ class EmulatedEngine:
 
     def stay(self, key: str, decode_key: str) -> None:
         self.paged.stay(key, decode_key)
-        self.stays[key] = decode_key
 
     # ------------------------------------------------------------ a step
 
@@ -160,6 +157,7 @@ class EmulatedEngine:
         return self._finish(plan, self._compute_passes(plan, steps, lambda passes: False))
 
     def _finish(self, plan: StepPlan, steps: int) -> StepDone:
+        stays = {span.key: self.paged.slots[span.key].stays for span in plan.chunk}
         done = self.paged.finish(plan, steps, self._newest)
         if self.logprobs:
             tokens = [each.changed(ids=tuple(self.logprobs.pop(each.key, each.ids))) for each in done.tokens]
@@ -169,9 +167,10 @@ class EmulatedEngine:
                 content = self.contents.pop(sampled.key, None)
                 if content is None:
                     continue  # a sibling
-                decode_key = self.stays.pop(sampled.key, "")
+                decode_key = stays.get(sampled.key, "")
                 if decode_key in self.paged.slots:
                     content.tokens.pop()  # `admit` brings it
+                    content.salt = self.salt(decode_key)
                     self.contents[decode_key] = content
                     continue
                 self.left[sampled.key] = content.blocks

@@ -22,6 +22,8 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 
+from msgspec.structs import replace
+
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.plan import EOS, NO_TOKEN, Ids, Slot, StepPlan, ends_text
@@ -45,6 +47,7 @@ class Paged:
         self.slots: dict[str, Slot] = {}
         self._parked: dict[str, Slot] = {}  # decode requests without blocks
         self._prefills: list[Slot] = []  # not held, in order of addition
+        self._stays: dict[str, Slot] = {}  # prefill requests that go on here, by their key as decode requests
         self._batch: list[Slot] = []  # running, in order of admission; a resumed request is admitted anew
         self._context = 0  # tokens of the batch
         self._left = 0  # most passes until the first of the batch ends; 0: unknown
@@ -63,7 +66,7 @@ class Paged:
             raise EngineError(f"{count} tokens and {left} more do not fit into the context")
         if request.room >= min(left, self.capacity.context - count):
             raise EngineError(f"room for {request.room} tokens is too much: it ends before")
-        if request.key in self.slots:
+        if request.key in self.slots or request.key in self._stays:
             raise EngineError(f"engine request {request.key} is already there")
         self._added += 1
         slot = Slot(request, request.key, self._added, count, min(count + left, self.capacity.context))
@@ -75,9 +78,12 @@ class Paged:
 
     def cancel(self, key: str) -> None:
         """As in `Engine`."""
+        if key in self._stays:
+            self._stays.pop(key).stays = ""
         slot = self.slots.pop(key, None)
         if slot is None:
             return
+        self._stays.pop(slot.stays, None)
         self._parked.pop(key, None)
         if slot.running:
             self._batch.remove(slot)
@@ -125,9 +131,12 @@ class Paged:
     def stay(self, key: str, decode_key: str) -> None:
         """As in `Engine`."""
         slot = self.slots.get(key)
-        if slot is None or slot.request.phase == "decode" or slot.request.siblings or decode_key in self.slots:
-            raise EngineError(f"engine request {key} cannot go on as {decode_key}")
+        if slot is None or slot.request.phase == "decode" or slot.request.siblings or slot.stays:
+            raise EngineError(f"engine request {key} cannot go on here: only a prefill without siblings can, once")
+        if decode_key in self.slots or decode_key in self._stays:
+            raise EngineError(f"engine request {decode_key} is already there")
         slot.stays = decode_key
+        self._stays[decode_key] = slot
 
     # ------------------------------------------------------------ a step
 
@@ -284,17 +293,15 @@ class Paged:
 
     def _turn(self, slot: Slot) -> None:
         """Make a decode request that waits for `admit` of a prefill request that stays. `admit` counts its token."""
-        del self.slots[slot.key]
-        if slot.key in self._resized:
-            self._resized[slot.stays] = self._resized.pop(slot.key)
-        slot.request = EngineRequest(
-            slot.stays, "decode", slot.request.tokens, slot.request.output_from, slot.request.sampling
-        )
-        slot.key, slot.ready, slot.known = slot.stays, True, slot.known - 1
+        del self.slots[slot.key], self._stays[slot.stays]
+        self._resized.pop(slot.key, None)
+        slot.request = replace(slot.request, key=slot.stays, phase="decode")
+        slot.key, slot.stays, slot.ready, slot.known = slot.stays, "", True, slot.known - 1
         self.slots[slot.key] = slot
 
     def _remove(self, slot: Slot) -> None:
         del self.slots[slot.key]
+        self._stays.pop(slot.stays, None)
         self._release(slot)
 
     # ------------------------------------------------------------ memory and the batch

@@ -1,11 +1,18 @@
-"""Chunk packing: how prompts are divided into chunks (paper, section 3.3.3)."""
+"""Chunk packing: how prompts are divided into chunks (paper, section 3.3.3), and how large a chunk may be beside running
+decodes (docs/adaptive.md)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
+from tetri.cost import StepCost
 from tetri.engine_request import Span
-from tetri.policy.views import Progress
+from tetri.policy.views import MixedStep, Progress
+
+#: Sizes that are tried beside running decodes, in tokens.
+SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+SPARED = 0.1  # share of the running decodes, those with the least slack, that do not limit the chunk
 
 
 def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
@@ -23,3 +30,22 @@ def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
         spans.append(Span(prompt.key, prompt.done, prompt.done + count))
         budget -= count
     return spans
+
+
+def limit(step: MixedStep, cost: StepCost, most: int) -> int:
+    """The size of the next chunk beside running decodes, up to `most` tokens; 0: none. Of the sizes with which the
+    decodes keep their limits of TPOT, the one with the best prefill rate. A few decodes that are late anyway do not
+    count (`SPARED`)."""
+    allowed = sorted(step.allowed_s)[int(SPARED * len(step.allowed_s))] if step.allowed_s else inf
+    best, rate = 0, 0.0
+    for size in _sizes(most):
+        seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
+        if seconds > allowed and not step.urgent:
+            break
+        if seconds <= 0 or size / seconds > rate:
+            best, rate = size, size / seconds if seconds > 0 else inf
+    return best
+
+
+def _sizes(most: int) -> list[int]:
+    return [*(size for size in SIZES if size < most), most]

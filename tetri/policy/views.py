@@ -80,6 +80,22 @@ class Progress(Value, frozen=True):
     goal: int
 
 
+class MixedStep(Value, frozen=True):
+    """A step with a chunk beside running decodes.
+
+    batch, context  decodes in it, and the tokens that they have in total
+    allowed_s       seconds that it may take so that a decode can still keep its limit of TPOT, of each that has one
+    start           tokens before the chunk in its prompt
+    urgent          whether the first prompt misses its limit of TTFT unless it gets a whole chunk now
+    """
+
+    batch: int
+    context: int
+    allowed_s: Sequence[float]
+    start: int = 0
+    urgent: bool = False
+
+
 class BatchMember(Value, frozen=True):
     """A request in the running batch. It holds the KV of `tokens` tokens and is predicted to end with `end` tokens, at
     least one more."""

@@ -43,6 +43,7 @@ from tetri.proc.notes import completed, of_config, of_tokenizer, with_refused
 from tetri.proc.recorder import BrokerStart, full_records, recorded
 from tetri.proc.submission import content, submitted
 from tetri.proc.texts import Texts, Tokenised, command
+from tetri.request import Slo
 from tetri.text import Stopper, Tokenizer
 from tetri.wire.clients import Cancel, ClientMessage, Observation, OperatorMessage, Refused, Status, Submit
 from tetri.wire.events import Arrived
@@ -226,6 +227,7 @@ def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
         model=model,
         cost=build.predicted(config),
         chunk_tokens=config.engine.chunk_tokens,
+        slo=Slo(ttft_s=config.slo.ttft_s or None, tpot_s=config.slo.tpot_s or None),
     )
 
 

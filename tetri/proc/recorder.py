@@ -33,6 +33,7 @@ from tetri.core.worker.worker import Worker
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
 from tetri.policy.views import FlipSettings
+from tetri.request import Slo
 from tetri.wire import clients, events, handover, messages, observation
 
 MAGIC = b"tetri-events 1\n"
@@ -65,10 +66,11 @@ class BrokerStart(msgspec.Struct, frozen=True, tag="broker"):
     model: str
     cost: Cost
     chunk_tokens: int
+    slo: Slo = Slo()
 
     def core(self) -> Broker:
         """Build a fresh core."""
-        rng, of = Random(self.seed), (self.model, self.cost, self.chunk_tokens)
+        rng, of = Random(self.seed), (self.model, self.cost, self.chunk_tokens, self.slo)
         return Broker(self.limits, self.rules, self.epoch, rng, self.now, *of)
 
 

@@ -21,11 +21,11 @@ def submitted(
     `digest`: of its `content`. `waited_s`: for how many seconds its text has waited to be tokenised."""
     rid, asked = secrets.token_hex(BYTES), (message.sampling, message.deadline_s)
     own = (client, message.key, message.secret, digest, rid, tuple(prompt), *asked)
-    return Submitted(*own, waited_s, message.n, message.default_tokens)
+    return Submitted(*own, waited_s, message.n, message.default_tokens, message.slo)
 
 
 def content(message: Submit) -> bytes:
     """A digest of all that a Submit asks for. Equal for equal messages: a default counts as if it were given."""
-    number = (message.n, message.default_tokens)
+    number = (message.n, message.default_tokens, message.slo)
     asked = (message.prompt, message.messages, message.sampling, message.deadline_s, *number)
     return blake2b(msgspec.msgpack.encode(asked), digest_size=BYTES).digest()

@@ -9,7 +9,7 @@ from tetri.cost import Cost
 from tetri.instance import Capacity
 from tetri.policy.rules import FLIPS, TABLES, Rules
 from tetri.policy.views import FlipSettings
-from tetri.request import Expected, blocks_for
+from tetri.request import Expected, Slo, blocks_for, slo_problem
 
 UNBOUNDED = 1 << 40  # for limits of a live deployment that are not simulated
 
@@ -59,6 +59,7 @@ class Setup:
     warm_s           how long before time 0 the processes start, so that they are connected when requests arrive
     timeouts         only with faults; without faults nothing times out
     kv_paths         only with faults: each worker draws one of these sets of KV paths when it starts
+    slo              limits of latency of requests that name none; None: those that the broker finds
     limit_s          only with faults: everything must be over this long after the last fault
     expected         what the workers know about lengths before any traffic, for the length policy `trained`"""
 
@@ -68,6 +69,7 @@ class Setup:
     mixed: int = 0
     auto: int = 0
     rules: Rules = Rules()
+    slo: Slo = Slo()
     expected: Expected | None = None
     link_bytes_s: float = inf
     link_latency_s: float = 0.0005
@@ -143,7 +145,7 @@ def _problem(setup: Setup) -> str | None:
         return "the length policy trained needs recorded predictions, as in tools/bench_prediction; else use noisy"
     if setup.flip not in FLIPS:
         return f"unknown flip {setup.flip!r}; known: {', '.join(FLIPS)}"
-    return rules_problem(setup.rules)
+    return slo_problem(setup.slo) or rules_problem(setup.rules)
 
 
 _LEAST: dict[str, float] = {

@@ -92,8 +92,9 @@ class World:
             client_grace_s=timeouts.client_grace_s,
             quiet_s=timeouts.quiet_s,
         )
-        epoch, now, chunk = self.rng.getrandbits(62), self.kernel.now, capacity.chunk_tokens
-        return Broker(limits, setup.rules, epoch, Random(epoch), now, cost=setup.cost, chunk_tokens=chunk)
+        epoch = self.rng.getrandbits(62)
+        of = ("", setup.cost, capacity.chunk_tokens, setup.slo)
+        return Broker(limits, setup.rules, epoch, Random(epoch), self.kernel.now, *of)
 
     def _monitor(self) -> MonitorNode:
         node = MonitorNode(self.kernel, self._monitor_core(), Port(self.wiring, MONITOR))

@@ -188,8 +188,8 @@ class Assign(Record, tag="assign", frozen=True):
     now. `avoid`: as in the Failed of earlier attempts. `siblings`: choices with the same prompt and no output yet: one
     prefill and one transfer serve all. Every report names each choice on its own, by its id as `rid`. `pinned`: the
     only decode instance to offer it to, "" for the dispatcher's choice. Such a request is a canary: it comes after all
-    others and is given up when that instance refuses it. `slo`: its limits, those of the deployment if it has none of
-    its own; `ttft_s` is what is left of it, negative when the first token is late."""
+    others and is given up when that instance refuses it. `slo`: its limits, found when it arrived.
+    `ttft_s`: what is left until the first token is late, or with `output` the next one; negative: it is late."""
 
     rid: Name
     attempt: Count

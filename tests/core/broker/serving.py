@@ -14,13 +14,14 @@ from tetri.core.actions import Action, Detokenize, Detokenized, FromClient, Repl
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import Limits
 from tetri.policy.rules import Rules
-from tetri.request import AskedSampling
+from tetri.request import AskedSampling, Slo
 from tetri.wire.clients import Attach, Cancel, Done, EndRequest, Inspect, Refused, Status
 from tetri.wire.events import PeerUp
 from tetri.wire.messages import Assign
 
 RID = "r1"  # of the first request of a broker made here
 SECRET, ANOTHERS = "s" * 32, "a" * 32  # of the client, and of another one
+NO_LIMITS = Slo()
 LIMITS: dict[str, Any] = {
     "context": 40,
     "vocabulary": 100,
@@ -84,12 +85,13 @@ def submit(
     secret: str = SECRET,
     n: int = 1,
     default_tokens: int = 128,
+    slo: Slo = NO_LIMITS,
     **sampling: Any,
 ) -> Submitted:
     drawn = {"temperature": 1.0, "seed": 5} if n > 1 else {}
     asked = (tuple(prompt), AskedSampling(**{"max_tokens": 4, **drawn, **sampling}), deadline_s)
-    content = repr((asked, n, default_tokens)).encode()
-    return Submitted(client, key, secret, content, f"of {key}", *asked, n=n, default_tokens=default_tokens)
+    content = repr((asked, n, default_tokens, slo)).encode()
+    return Submitted(client, key, secret, content, f"of {key}", *asked, n=n, default_tokens=default_tokens, slo=slo)
 
 
 def cancel(rid: str = RID, client: bytes = b"c", secret: str = SECRET) -> FromClient:

@@ -8,9 +8,10 @@ from collections.abc import Iterator, Sequence
 import pytest
 from vllm_process import BLOCK_BYTES, EngineProcess, arguments
 
-from tests.engine.contract import CAPACITY, EngineContract
-from tests.engine.contract_moving import MovingContract
+from tests.engine.contract import CAPACITY
 from tests.engine.driving import adopt_all, computed, engine_request, prompt, run
+from tests.engine.move_contract import MoveContract
+from tests.engine.stay_contract import StayContract
 from tetri.engine_request import StepDone
 from tetri.kv.base import Block, parts
 from tetri.request import Sampling
@@ -24,11 +25,11 @@ class Near:
     def __init__(self, process: EngineProcess) -> None:
         self.process = process
         self.fingerprint, self.capacity, *_ = process.facts()
-        for name in ("add", "cancel", "admit", "hold"):
+        for name in ("add", "cancel", "admit", "hold", "stay"):
             setattr(self, name, getattr(process, name))
 
-    def step(self, most: int = 1) -> StepDone:
-        return self.process.step(most)
+    def step(self, most: int = 1, chunk: int | None = None) -> StepDone:
+        return self.process.step(most, chunk)
 
     def export(self, key: str, start: int, stop: int, into: Sequence[memoryview]) -> None:
         for place, block in zip(into, self.process.export(key, start, stop), strict=True):
@@ -57,7 +58,7 @@ def texts() -> dict:
     return {}
 
 
-class TestContract(EngineContract, MovingContract):
+class TestContract(StayContract, MoveContract):
     @pytest.fixture
     def engine(self, small) -> Iterator[Near]:
         made = Near(small)
@@ -71,7 +72,7 @@ class TestContract(EngineContract, MovingContract):
         self.reference, self.texts = reference, texts
 
     def right(self, tokens, sampling):
-        name = tokens, sampling.max_tokens
+        name = tokens, repr(sampling)
         if name not in self.texts:
             self.texts[name] = self.reference.generate(list(tokens), sampling).ids
         return self.texts[name]

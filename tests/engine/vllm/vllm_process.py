@@ -145,7 +145,7 @@ class _Watched:
         return engine.fingerprint, engine.capacity, engine.block_bytes, engine._stop_ids
 
     def __getattr__(self, name: str) -> Any:
-        """add, cancel, admit, hold and step are the engine's."""
+        """add, cancel, admit, hold, stay and step are the engine's."""
         return getattr(self.engine, name)
 
     def export(self, key: str, start: int, stop: int) -> list[bytearray]:

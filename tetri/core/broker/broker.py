@@ -26,10 +26,11 @@ from tetri.core.broker.notes import notes
 from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import Request, Table, needed_bytes
 from tetri.core.broker.roles import Flips
+from tetri.core.broker.slo import Limiter
 from tetri.core.timers import Timers
 from tetri.cost import Cost
 from tetri.policy.rules import Rules
-from tetri.request import Sampling, choice_id
+from tetri.request import Sampling, Slo, choice_id
 from tetri.wire.clients import (
     Attach,
     Cancel,
@@ -48,6 +49,7 @@ from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Hea
 VIEW = ("view", "")
 SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
 EMPTY = Cost()
+NO_LIMITS = Slo()
 
 
 class Broker:
@@ -63,10 +65,13 @@ class Broker:
         model: str = "",
         cost: Cost = EMPTY,
         chunk_tokens: int = 512,
+        slo: Slo = NO_LIMITS,
     ) -> None:
         """`epoch` identifies this start of the broker. `cost` and `chunk_tokens` predict the prefill time of a prompt,
-        the same for every instance. `now` is in seconds, as in all methods."""
+        the same for every instance. `slo`: the limits of latency of requests that name none. `now` is in seconds, as in
+        all methods."""
         self.limits, self.model = limits, model
+        self.limiter = Limiter(slo, cost, chunk_tokens)
         self.observer = Observer(epoch, limits.timelines_mib)
         self.table = Table(self.observer.moved)
         self.members = Members(epoch)
@@ -250,7 +255,8 @@ class Broker:
         if problem is not None:
             return [self._refuse(event, problem)]
         self.counters["accepted"] += 1
-        request, actions = self.delivery.admit(event, sampling, now)
+        slo = self.limiter.of(event.slo, len(event.prompt))
+        request, actions = self.delivery.admit(event, sampling, slo, now)
         if request.deadline is not None:
             self.timers.set(("deadline", request.rid), request.deadline)
         return [*actions, *self.lifecycle.place(request.choices, now)]

@@ -12,7 +12,7 @@ from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, 
 from tetri.core.broker.connections import Connections
 from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import TEXT_BYTES, Choice, Request, Table, needed_bytes
-from tetri.request import Sampling, Stage, Token, Usage, choices_problem, sampling_problem
+from tetri.request import Sampling, Slo, Stage, Token, Usage, choices_problem, sampling_problem, slo_problem
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
 MAX_DEADLINE_S = 1e6
@@ -93,15 +93,16 @@ class Delivery:
             return "an id of logit_bias"
         return "an id of stop_token_ids" if max(sampling.stop_token_ids, default=0) >= vocabulary else None
 
-    def admit(self, event: Submitted, sampling: Sampling, now: float) -> tuple[Request, list[Action]]:
-        """Open a request. A sampled one gets a seed if it has none: a later attempt on another worker can then continue
-        the same output."""
+    def admit(self, event: Submitted, sampling: Sampling, slo: Slo, now: float) -> tuple[Request, list[Action]]:
+        """Open a request with these limits of latency. A sampled one gets a seed if it has none: a later attempt on
+        another worker can then continue the same output."""
         if sampling.temperature > 0 and sampling.seed is None:
             sampling = sampling.changed(seed=self.rng.getrandbits(62))
         arrival = now - event.waited_s
         request = Request(
             *(event.rid, event.key, event.client, array("I", event.prompt), arrival),
             deadline=None if event.deadline_s is None else arrival + event.deadline_s,
+            slo=slo,
             secret=event.secret,
             content=event.content,
         )
@@ -186,6 +187,8 @@ def problem_without_prompt(asked: Submitted | Submit) -> str | None:
     """As `Delivery.problem`, but only what does not depend on the prompt, which may not be tokenized yet."""
     secret, deadline_s = asked.secret, asked.deadline_s
     if (wrong := sampling_problem(asked.sampling, asked.default_tokens)) is not None:
+        return wrong
+    if (wrong := slo_problem(asked.slo)) is not None:
         return wrong
     if len(secret) < SECRET_CHARS:
         return f"the secret has {len(secret)} characters, at least {SECRET_CHARS} are needed: draw 128 bits"

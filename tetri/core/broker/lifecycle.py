@@ -12,6 +12,7 @@ from tetri.core.broker.membership import Member, Members
 from tetri.core.broker.observer import StepTokens
 from tetri.core.broker.readiness import PairChecks
 from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Choice, Request
+from tetri.core.broker.slo import left
 from tetri.core.broker.suspects import (
     SUSPECT_DEATHS,
     away_from,
@@ -116,6 +117,7 @@ class Lifecycle:
             lost=lost_with(request),
             avoid=list(request.avoid),
             siblings=[Sibling(each.id, each.attempt, each.sampling.seed or 0) for each in choices[1:]],
+            slo=left(lead, now),
         )
         return Send(lead.prefill, assign)
 

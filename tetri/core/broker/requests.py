@@ -12,7 +12,7 @@ from hmac import compare_digest
 from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
-from tetri.request import AskedSampling, Receipt, Sampling, Stage, Token, TokenLogprob, choice_id, token_ids
+from tetri.request import AskedSampling, Receipt, Sampling, Slo, Stage, Token, TokenLogprob, choice_id, token_ids
 from tetri.wire.messages import End
 from tetri.wire.packed_timelines import Moved, ReportedEvent, Steps
 
@@ -57,6 +57,7 @@ class Request:
     prompt: array[int]
     arrival: float
     deadline: float | None = None  # on the clock of `arrival`; None: no deadline
+    slo: Slo = Slo()  # its limits of latency, found when it arrived
     secret: str = field(kw_only=True)
     content: bytes = field(kw_only=True)
     choices: list[Choice] = field(default_factory=list)

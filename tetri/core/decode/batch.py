@@ -55,6 +55,7 @@ class Batch:
         to the broker."""
         self._landings += 1
         request.landed_as = self._landings
+        request.first_at = request.first_at or self.activity.now
         request.tokens.append(token)
         request.sent = 1
         self.forecast.wrote(1)
@@ -153,6 +154,15 @@ class Batch:
             for key, request in self.landed.items()
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
+
+    def allowed_s(self, now: float, gain_s: float) -> list[float]:
+        """Return how long the next step may take so that a running request still keeps its limit of TPOT, for each that
+        has one: what it is ahead of its limit, with one more token, and `gain_s` x its limit that it may gain later."""
+        return [
+            request.first_at - now + len(request.tokens) * tpot_s + gain_s
+            for request in self.running.values()
+            if (tpot_s := request.offer.tpot_s) is not None
+        ]
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""

@@ -20,7 +20,7 @@ from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.engine_request import EngineRequest
-from tetri.request import LengthRange, Stage
+from tetri.request import LengthRange, Stage, Token
 from tetri.wire.handover import BetweenWorkers, Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
 from tetri.wire.messages import Staged
 
@@ -76,7 +76,7 @@ class HandOvers:
             return self._offered_anew(landed[0], message, now)
         if landed:  # nothing of what they have written may be written again
             return [self._answer(Refuse, message, why="KV of it is here under an earlier offer")]
-        actions = [action for _, request, _ in old for action in self._release(request)]
+        actions = [action for hand_over, request, _ in old for action in self._replace(hand_over, request)]
         actions += self._give_back(known) if known is not None else []  # of an earlier incarnation
         fresh, why = self._incoming(message, choices)
         if fresh is not None and self.deferred.enter(fresh, now, self.ledger.grantable(self.batch.kept_free())):
@@ -87,6 +87,11 @@ class HandOvers:
             return [*actions, self._answer(Refuse, message, why=why)]
         actions += self.grant_deferred(now, free_memory)
         return [*actions, self._answer(Defer, message)] if key in self.deferred else actions
+
+    def _replace(self, hand_over: HandOver, request: DecodeRequest) -> list[Action]:
+        """Release an earlier attempt of a choice. One that stays is given up by its prefill too."""
+        refuse = [self._answer(Refuse, request.offer, why="a later attempt is here")] if hand_over.stays else []
+        return [*self._release(request), *refuse]
 
     def _offered_again(self, hand_over: HandOver, message: Offer, now: float) -> list[Action]:
         """Answer the same offer again. It has the newest length: a LengthUpdate may have been lost."""
@@ -176,6 +181,32 @@ class HandOvers:
             for hand_over in self.deferred.expired(now)
             for action in self._refuse(hand_over, why="the offer was not repeated")
         ]
+
+    # ------------------------------------------------------------ requests that stay
+
+    def stay(self, offer: Offer) -> tuple[str, list[Action]] | None:
+        """Expect a request whose prefill runs on this engine. Its memory is the prefill's, which grows into its own.
+        Return its key; None if a later attempt of it is here, or it can never run here."""
+        key, actions = key_of(offer), list[Action]()
+        hand_over, request = self._choices.get(offer.rid, (None, None))
+        if hand_over is not None and request is not None:
+            if request.offer.attempt >= offer.attempt:
+                return None
+            actions = self._replace(hand_over, request)
+        if key in self.by_key or obstacle(offer, self.own.instance.fingerprint, self.own.capacity) is not None:
+            return None
+        flow = KVInflow(offer.blocks, "none", "")
+        made = DecodeRequest(key, offer, flow, 0, offer.length, True, alone=offer.alone, stays=True, blocks=offer.blocks)
+        hand_over = HandOver(key, offer, flow, {0: made}, ready=True)
+        self._enter(hand_over)
+        self.moving[key], self.requests[key] = hand_over, made
+        return key, actions
+
+    def land(self, key: str, token: Token) -> list[Action]:
+        """The prefill of a request that stays has ended: all its KV is there."""
+        hand_over = self.by_key[key]
+        hand_over.tokens, hand_over.flow.landed = [token], {0: hand_over.flow.blocks}
+        return self._land(hand_over)
 
     # ------------------------------------------------------------ chunks
 
@@ -325,7 +356,8 @@ class HandOvers:
     def resend_answers(self) -> list[Action]:
         """Send the grants of moving hand-overs again, and the Defer of the offer that is next. A prefill instance that
         has withdrawn the offer, and whose Drop was lost, answers with another Drop."""
-        answers: list[Action] = [self._answer(Grant, hand_over.offer) for hand_over in self.moving.values()]
+        moving = [hand_over for hand_over in self.moving.values() if not hand_over.stays]
+        answers: list[Action] = [self._answer(Grant, hand_over.offer) for hand_over in moving]
         answers += [self._answer(Defer, hand_over.offer) for hand_over in islice(self.deferred, 1)]
         return answers
 
@@ -375,8 +407,8 @@ class HandOvers:
     def _check_place(self, hand_over: HandOver, request: DecodeRequest) -> None:
         """Raise Broken unless a granted request that has not ended is where it belongs."""
         batch, moving = self.batch, hand_over.key in self.moving
-        if request.key not in self.ledger:
-            raise Broken(f"{request.key} has no account")
+        if (request.key in self.ledger) is hand_over.stays:
+            raise Broken(f"{request.key} has no account, or two")
         places = [place for place in (batch.landed, batch.running) if request.key in place]
         expected = [batch.running] if request.running else [batch.landed] if hand_over.landed else []
         unallocated = request.key in self.unallocated

@@ -93,6 +93,8 @@ class DecodeRequest:
     preempted: int = 0
     shares: bool = False  # the KV that it uses counts as moved for another choice
     alone: bool = False  # its first tokens are computed in lone steps (Offer.alone)
+    stays: bool = False  # the same engine prefills it: its KV does not move
+    first_at: float = 0.0  # when its first token was known here, in seconds of this worker's clock
 
     blocks: int = 0  # size of its account in the ledger
     dispatch_end: int = 0  # predicted output tokens, by `rules.dispatch_end`
@@ -139,11 +141,13 @@ class DecodeRequest:
     def receipt(self, iid: str) -> Receipt:
         """Return the receipt of the request on this instance `iid`. KV that several choices use counts as moved for
         one of them, so that sums over receipts are right."""
-        flow = self.flow
+        flow, prompt = self.flow, len(self.offer.prompt)
+        recomputed = min(self.recomputed, prompt)
         return Receipt(
-            prompt_tokens=len(self.offer.prompt),
-            adopted=len(self.offer.prompt),
-            recomputed=self.recomputed,
+            prompt_tokens=prompt,
+            local=prompt - recomputed if self.stays else 0,
+            adopted=0 if self.stays else prompt - recomputed,
+            recomputed=recomputed,
             kv_bytes=0 if self.shares else flow.bytes,
             chunks=0 if self.shares else len(flow.landed),
             transport=flow.path,
@@ -167,6 +171,11 @@ class HandOver:
     tokens: list[Token | None] = field(default_factory=list)  # the first one of each choice, from the last chunk
     ready: bool = False
     landed: bool = False
+
+    @property
+    def stays(self) -> bool:
+        """Whether its KV is being computed in its place, by the prefill of the same engine."""
+        return not self.landed and any(request.stays for request in self.requests.values())
 
     @property
     def lead(self) -> Offer:

@@ -105,7 +105,8 @@ class DecodeScheduler:
     def holds(self) -> list[Hold]:
         """Return the requests for the heartbeat. `outputs` counts sent tokens only, so that the broker asks again only
         for lost ones."""
-        held = [(request, request.offer) for request in self.requests.values()]
+        requests = self.requests.values()
+        held = [(each, each.offer) for each in requests if each.landed_as or not each.stays]  # its prefill lists it
         return [Hold(offer.rid, offer.attempt, each.stage, len(offer.output) + each.sent) for each, offer in held]
 
     def waiting(self) -> int:

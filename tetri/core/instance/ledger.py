@@ -62,6 +62,12 @@ class Ledger:
         self.reserved += total
         return True
 
+    def hand_on(self, key: str, decode_key: str) -> None:
+        """Turn the account of a prefill that stays into the reservation of its decode request."""
+        blocks = self._blocks[decode_key] = self._blocks.pop(key)
+        self._reserved[decode_key] = None
+        self.reserved += blocks
+
     def run(self, key: str) -> None:
         """Turn a reservation into the account of a running request."""
         del self._reserved[key]

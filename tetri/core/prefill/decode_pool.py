@@ -9,6 +9,7 @@ from random import Random
 
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
+from tetri.core.prefill.home import Home
 from tetri.core.prefill.request import PrefillRequest
 from tetri.instance import Instance
 from tetri.policy.dispatch import least_deferred
@@ -34,11 +35,11 @@ class LivePool:
     does not say how loads are corrected between two broadcasts. Here, an offer counts as a reservation until a report
     arrives that was made after its answer: that report counts the offer as granted or deferred.
 
-    `home` returns the load of this instance while it also decodes, else None. That load is never stale."""
+    `home` is the decode phase of this instance, whose load is never stale."""
 
     def __init__(self, own: Identity, peers: Peers) -> None:
         self.own, self.peers = own, peers
-        self.home: Callable[[], Load | None] = lambda: None
+        self.home: Home | None = None
         self.columns = DecodePool()
         self.reservations: dict[int, Reservation] = {}  # by offer number
         self.unread: dict[str, int] = {}  # instances that report failed transfers in a row, and how many
@@ -50,7 +51,7 @@ class LivePool:
 
     def refresh(self) -> None:
         """Update the columns from the newest membership, reports and own load."""
-        load = self.home()
+        load = None if self.home is None else self.home.load()
         if self._version != self.peers.version or (load is None) != (self._home_column is None):
             self._build(load)
         elif load is not None and self._home_column is not None:
@@ -73,7 +74,8 @@ class LivePool:
     def choose(self, request: PrefillRequest, need: Need, refused: Iterable[str], rng: Random) -> str | None:
         """Return the instance that the dispatch policy chooses, or None. Instances that are too small, and those in
         `refused`, are excluded."""
-        if not self.has_memory(need.blocks):
+        at_home = request.may_stay and self._home_column is not None
+        if not (at_home or self.has_memory(need.blocks)):
             return None
         route = DECODE_ROUTES[self.own.rules.decode_route]
         return self._chosen(request, refused, lambda: route(need, self.columns, rng))
@@ -84,6 +86,22 @@ class LivePool:
         return self._chosen(request, refused, lambda: least_deferred(self.columns, rng))
 
     def _chosen(self, request: PrefillRequest, refused: Iterable[str], route: Callable[[], int | None]) -> str | None:
+        """Return the instance that `route` chooses. A request that could stay has its blocks here already."""
+        home = self._home_column if request.may_stay else None
+        if home is not None:
+            self._add_blocks(home, request.flow.blocks)
+        chosen = self._chosen_without(request, refused, route)
+        if home is not None:
+            self._add_blocks(home, -request.flow.blocks)
+        return chosen
+
+    def _add_blocks(self, column: int, blocks: int) -> None:
+        self.columns.free[column] += blocks
+        self.columns.spare[column] += blocks
+
+    def _chosen_without(
+        self, request: PrefillRequest, refused: Iterable[str], route: Callable[[], int | None]
+    ) -> str | None:
         excluded = dict.fromkeys(self._too_small(request))
         excluded.update((self._column[iid], None) for iid in refused if iid in self._column)
         pool, free = self.columns, self.columns.free
@@ -211,8 +229,10 @@ class LivePool:
         return too_small
 
     def _fits_here(self, request: PrefillRequest) -> bool:
-        """Return whether this instance can decode the request too: its prefill keeps its blocks until all KV is in the
-        slab."""
+        """Return whether this instance can decode the request too. Unless the request stays, its prefill keeps its
+        blocks until all KV is in the slab."""
         own, blocks = self.own, request.flow.blocks
+        if request.may_stay:
+            return request.fits(own.capacity)
         copies = 1 + len(request.open())
         return request.fits(own.capacity) and (copies * blocks <= own.capacity.blocks or blocks <= own.open_slots)

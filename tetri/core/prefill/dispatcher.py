@@ -9,7 +9,7 @@ from math import inf
 from random import Random
 from typing import Any
 
-from tetri.core.actions import Action, Broken, Send
+from tetri.core.actions import Action, Broken, Free, Send, StayRequest
 from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
@@ -133,7 +133,7 @@ class Dispatcher:
 
         A retry helps on another prefill instance, or here behind the requests that this one `holds_up`. Otherwise the
         request waits for `patience_s`: retries on this instance would only use up its attempts."""
-        own, decodes = self.own, self.pool.home() is not None
+        own, decodes = self.own, self.pool.home is not None and self.pool.home.load() is not None
         found: list[tuple[PrefillRequest, str, bool]] = []
         for request in self.unplaceable.values():
             assert request.unplaceable_since is not None
@@ -186,7 +186,18 @@ class Dispatcher:
         self.offers[self._number] = request.key
         self._targets.setdefault(target, {})[self._number] = None
         self.activity.happened("offered", request.lead, target)
+        if target == self.own.iid and request.may_stay and self.pool.home is not None:
+            found = self.pool.home.stay(self._made_offer(request, now))
+            if found is not None:
+                return [*found[1], *self._stay(request, found[0])]
         return self.repeat(request, now)
+
+    def _stay(self, request: PrefillRequest, decode_key: str) -> list[Action]:
+        """Let a request decode here, without a copy of its KV. What has left the engine already is of no use."""
+        self.activity.happened("granted", request.lead, self.own.iid)
+        freed = [Free(handle) for handle in request.flow.drain()]
+        request.flow.stay(decode_key)
+        return [StayRequest(request.key, decode_key), *freed]
 
     def request_of(self, answer: BetweenWorkers) -> PrefillRequest | None:
         """Return the request that `answer` is about, or None when its offer is closed. An offer of this instance's
@@ -347,9 +358,12 @@ class Dispatcher:
             self._add_unplaced(request)
 
     def _offer(self, request: PrefillRequest, now: float) -> Send:
+        return Send(request.flow.target, self._made_offer(request, now))
+
+    def _made_offer(self, request: PrefillRequest, now: float) -> Offer:
         assert request.wanted_at is not None
         request.asked_at = now
-        offer = Offer(
+        return Offer(
             **self.address(request),
             fingerprint=self.own.instance.fingerprint,
             prompt=list(request.prompt),
@@ -361,8 +375,8 @@ class Dispatcher:
             alone=request.alone,
             siblings=[Sibling(choice.rid, choice.attempt, choice.seed or 0) for choice in request.flow.choices[1:]],
             canary=bool(request.pinned),
+            tpot_s=request.slo.tpot_s,
         )
-        return Send(request.flow.target, offer)
 
     def address(self, request: PrefillRequest) -> dict[str, Any]:
         """Return the fields that identify the current offer in messages to the decode instance."""

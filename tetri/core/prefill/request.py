@@ -13,7 +13,7 @@ from tetri.instance import Capacity
 from tetri.policy.length import end_of, heavy
 from tetri.policy.rules import Rules
 from tetri.policy.views import Need, QueuedPrompt
-from tetri.request import LengthRange, Receipt, Sampling, Stage, Token, Value, blocks_for
+from tetri.request import LengthRange, Receipt, Sampling, Slo, Stage, Token, Value, blocks_for
 from tetri.wire.handover import Handle
 from tetri.wire.messages import Assign, End
 
@@ -73,6 +73,7 @@ class KVOutflow:
     target: str = ""
     granted: bool = False
     deferred: bool = False  # the decode instance has no memory yet, and grants the offer later
+    stays: str = ""  # key of its decode request on this instance, if it decodes where it was prefilled
     moved: bool = False  # an earlier offer came to nothing
     announced: int = 0  # how many of `sent` were announced under the open offer
     grant_lost: bool = False  # an earlier grant came to nothing
@@ -92,7 +93,7 @@ class KVOutflow:
     @property
     def kept(self) -> int:
         """Blocks in the sender's slab, pending exports included."""
-        return self.exported - self.landed
+        return 0 if self.stays else self.exported - self.landed
 
     def unannounced(self) -> list[KVChunk]:
         """Return the chunks to announce now, and count them as announced. The decode instance is told of chunks once it
@@ -137,6 +138,12 @@ class KVOutflow:
         self.grant_lost, self.moved = self.grant_lost or self.granted, True
         self.offer, self.target, self.granted, self.deferred, self.choices = None, "", False, False, []
 
+    def stay(self, decode_key: str) -> None:
+        """Record that the request decodes on this instance: its KV goes nowhere."""
+        self.grant()
+        self.stays = decode_key
+        self.awaited.clear()
+
     def drain(self) -> list[Handle]:
         """Give up all chunks, and return the handles to free."""
         handles = [chunk.handle for chunk in self.in_flight.values()]
@@ -174,6 +181,7 @@ class PrefillRequest:
     lost: tuple[str, ...] = ()  # decode instances that were lost with it: they get it only if no other has memory
     avoid: tuple[str, ...] = ()  # instances between which the KV of earlier attempts could not be moved
     pinned: str = ""  # of a canary: the only decode instance to offer it to (Assign.pinned)
+    slo: Slo = Slo()  # its limits; `ttft_s` as of its arrival here
 
     @property
     def computed(self) -> bool:
@@ -194,6 +202,12 @@ class PrefillRequest:
     def decodes(self) -> bool:
         """Whether more output may follow the first token, of any choice."""
         return len(self.output) + 1 < self.sampling.max_tokens and self.lead.open
+
+    @property
+    def may_stay(self) -> bool:
+        """Whether it can still decode in the engine that prefills it, without a copy of its KV. Each further choice
+        needs a copy."""
+        return self.running and not self.computed and len(self.choices) == 1
 
     @property
     def unplaced(self) -> bool:
@@ -238,8 +252,8 @@ class PrefillRequest:
 
     def filled(self, done: int, block_tokens: int) -> int:
         """Return how many leading blocks are complete, or were exported, once `done` tokens are computed. A request
-        that ends with its first token exports no more blocks: no instance would fetch them."""
-        if not self.decodes:
+        that ends with its first token, or decodes here, exports no more blocks: no instance would fetch them."""
+        if not self.decodes or self.flow.stays:
             return self.flow.exported
         return max(self.flow.blocks if done == self.goal else done // block_tokens, self.flow.exported)
 
@@ -262,6 +276,7 @@ class PrefillRequest:
         already does not count: this choice did not use it."""
         return Receipt(
             prompt_tokens=len(self.prompt),
+            local=len(self.prompt),
             adopted=0,
             recomputed=0,
             kv_bytes=0,

@@ -107,6 +107,7 @@ class PrefillScheduler:
             lost=tuple(message.lost),
             avoid=tuple(message.avoid),
             pinned=message.pinned,
+            slo=message.slo,
         )
         for choice in choices:
             self.choices[choice.key] = request
@@ -281,9 +282,22 @@ class PrefillScheduler:
         """Go on with a request that has its first tokens."""
         if not all(choice.computed or choice.closed for choice in request.choices):
             raise Broken(f"{request.key} has no token for some of its choices")
+        if request.flow.stays and request.decodes:
+            return self._stays(request)
         self._stop(request)
         self.queue.leave(request)
         return self._stage(request, Stage.MOVING) if request.decodes else self._end(request)
+
+    def _stays(self, request: PrefillRequest) -> list[Action]:
+        """Go on as a decode request of this engine, with the same blocks."""
+        flow, token, home = request.flow, request.choices[0].token, self.dispatcher.pool.home
+        assert home is not None and token is not None
+        self.queue.stop(request)
+        self.queue.leave(request)
+        self.ledger.hand_on(request.key, flow.stays)
+        flow.landed = flow.blocks
+        self.dispatcher.timers.clear(request.key)
+        return home.land(flow.stays, token)
 
     def _stop(self, request: PrefillRequest) -> None:
         """Record that its engine request is no longer in the engine, and free its KV blocks."""

@@ -11,7 +11,7 @@ from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.engine_request import StepDone
-from tetri.request import DECODE_ROLES, StepRatio
+from tetri.request import StepRatio
 from tetri.wire.load import Load
 from tetri.wire.messages import Heartbeat, Hold, LoadReport, Ready
 
@@ -97,12 +97,10 @@ class LoadReporter:
             unread=self.hand_overs.kv_receive.failing,
         )
 
-    def home(self) -> Load | None:
-        """What a decode route reads of the load of this instance, for its own prompts; None if its role takes no
-        decodes. The dispatcher calls this, so it asks the dispatcher nothing."""
+    def decode_load(self) -> Load:
+        """What a decode route reads of the load of this instance, for its own prompts. The dispatcher calls this, so it
+        asks the dispatcher nothing."""
         decode, forecast = self.decode, self.decode.forecast
-        if self.role not in DECODE_ROLES:
-            return None
         return Load(
             free_blocks=self._free_blocks(),
             waiting=decode.waiting(),

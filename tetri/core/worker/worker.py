@@ -29,6 +29,7 @@ from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
+from tetri.core.worker.home import WorkerHome
 from tetri.core.worker.load_report import LoadReporter
 from tetri.core.worker.lone_steps import LoneSteps
 from tetri.engine_request import Span, StepDone
@@ -62,7 +63,7 @@ class Worker:
         self.stepping = False
         self.idle = False
         self.reporter = LoadReporter(self.prefill, self.decode, self.activity, now)
-        self.dispatcher.pool.home = self.reporter.home
+        self.dispatcher.pool.home = WorkerHome(self.reporter, self.hand_overs)
         self._step_at = now
         self._fewer = False  # the batch has lost a request since the step was planned
         self._unknown: list[Offer | LengthUpdate | Chunk | Drop] = []  # from senders that no Membership lists yet
@@ -160,7 +161,8 @@ class Worker:
         self.dispatcher.check()
         self.decode.check()
         accounts = sum(request.running for request in self.prefill.requests.values())
-        accounts += sum(request.end is None for request in self.decode.requests.values())
+        decodes = [request for request in self.decode.requests.values() if request.landed_as or not request.stays]
+        accounts += sum(request.end is None for request in decodes)
         if accounts != len(self.ledger):
             raise Broken(f"the ledger has {len(self.ledger)} accounts for {accounts} engine requests")
 
@@ -321,7 +323,7 @@ class Worker:
         if isinstance(event, Refuse):
             self.activity.happened("refused", request.lead, event.src, event.why)
             hopeless = event.unread and self.dispatcher.readers.failed(request, event, now)
-            if hopeless or request.pinned or not request.flow.movable:
+            if hopeless or request.pinned or request.flow.stays or not request.flow.movable:
                 why = f"{event.src} cannot go on with the KV: {event.why}"
                 return self.prefill.give_up(request, why, avoid=self.dispatcher.readers.avoided(request))
             if event.unread:

@@ -14,6 +14,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from msgspec.structs import replace
+
 from tetri.engine.base import EngineError, EngineRequest, HiddenStateHook, Sampled, Span, StepDone
 from tetri.engine.vllm.sampler import GREEDY_BELOW, vllm_params
 from tetri.engine.vllm.setup import (
@@ -36,7 +38,8 @@ from tetri.request import Token, blocks_for, sampling_problem, token_ids
 @dataclass(slots=True)
 class _LiveRequest:
     """An engine request, and vLLM's `request` for it. `missing`: blocks of a decode request without KV so far.
-    `preempted`: it lost its blocks and has written no token since."""
+    `preempted`: it lost its blocks and has written no token since. `stays`: of a prefill request, its key as a decode
+    request here, when its prefill has ended."""
 
     engine_request: EngineRequest
     request: Any
@@ -44,6 +47,7 @@ class _LiveRequest:
     parked: bool = False  # a decode request that has its blocks and waits for `admit`
     missing: set[int] = field(default_factory=set)
     preempted: bool = False
+    stays: str = ""
 
     @property
     def keys(self) -> list[str]:
@@ -85,6 +89,7 @@ class VllmEngine:
         settings.check()
         self._start(settings, gpu, reserve)
         self._requests: dict[str, _LiveRequest] = {}
+        self._stays: dict[str, _LiveRequest] = {}  # prefill requests that go on here, by their key as decode requests
         self._ended: dict[str, list[int]] = {}  # by key: block ids of requests that ended in the last step
         self._reported: dict[str, int] = {}  # by key: block counts as of the last StepDone
         self._drawn: dict[str, tuple[Token, ...]] = {}  # by key: what this step's sampler reports
@@ -127,11 +132,20 @@ class VllmEngine:
 
     def add(self, engine_request: EngineRequest) -> None:
         """As in `Engine`."""
+        self._check_new(engine_request.key)
+        live = self._live_request(engine_request, self._outputs_left(engine_request))
+        self._ended.pop(engine_request.key, None)
+        self._requests[engine_request.key] = live
+        self._scheduler.add_request(live.request)
+
+    def _check_new(self, key: str) -> None:
+        if key in self._requests or key in self._stays:
+            raise EngineError(f"engine request {key!r} is already there")
+
+    def _live_request(self, engine_request: EngineRequest, left: int) -> _LiveRequest:
+        """An engine request that vLLM does not know yet, with `left` output tokens left."""
         from tetri.engine.vllm.scheduler import VllmRequest
 
-        if engine_request.key in self._requests:
-            raise EngineError(f"engine request {engine_request.key!r} is already there")
-        left = self._outputs_left(engine_request)
         decode = engine_request.phase == "decode"
         # The tokens after those of a decode request come with `admit`; until then any valid id is a placeholder.
         unknown = 1 + engine_request.room if decode else 0
@@ -147,10 +161,8 @@ class VllmEngine:
             [seed for _, seed in engine_request.siblings],
         )
         self._added += 1
-        request = VllmRequest(engine_request.phase, self._added, engine_request.key, prompt, params, None)
-        self._ended.pop(engine_request.key, None)
-        self._requests[engine_request.key] = _LiveRequest(engine_request, request, left)
-        self._scheduler.add_request(request)
+        request = VllmRequest(engine_request.phase, self._added, key, prompt, params, None)
+        return _LiveRequest(engine_request, request, left)
 
     def _outputs_left(self, engine_request: EngineRequest) -> int:
         """Output tokens left for the request. Raises EngineError for an engine request that cannot run."""
@@ -192,9 +204,12 @@ class VllmEngine:
 
         self._ended.pop(key, None)
         self._reported.pop(key, None)
+        if key in self._stays:
+            self._stays.pop(key).stays = ""
         live = self._requests.pop(key, None)
         if live is None:
             return
+        self._stays.pop(live.stays, None)
         if live.parked:
             # vLLM keeps the blocks of a parked request until its KV is received; report that, as none is in flight.
             self._scheduler.finished_recving_kv_req_ids.add(key)
@@ -241,14 +256,24 @@ class VllmEngine:
             raise EngineError(f"engine request {key!r} is not admitted: such a decode request cannot be held")
         live.request.held = held
 
+    def stay(self, key: str, decode_key: str) -> None:
+        """As in `Engine`."""
+        live = self._requests.get(key)
+        if live is None or len(live.keys) > 1 or live.engine_request.phase == "decode" or live.stays:
+            raise EngineError(f"engine request {key!r} cannot go on here: only a prefill without siblings can, once")
+        self._check_new(decode_key)
+        live.stays = decode_key
+        self._stays[decode_key] = live
+
     # ------------------------------------------------------------ steps
 
-    def step(self, most: int = 1) -> StepDone:
+    def step(self, most: int = 1, chunk: int | None = None) -> StepDone:
         """As in `Engine`, but never more than one pass; none when all requests are parked."""
         self._ended.clear()
         self._drawn.clear()
         if len(self._requests) == self._parked:
             return StepDone(held=self._held())
+        self._scheduler.chunk = chunk
         record = self._connector.begin_step()
         outputs, _ = self._core.step()
         for key in record.parked:
@@ -282,12 +307,15 @@ class VllmEngine:
         if reason is None:
             return (Sampled(key, tokens, None),)
         del self._requests[key]
-        self._reported.pop(key, None)
+        reported = self._reported.pop(key, 0)
         if (ended := str(reason)) not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended engine request {key!r} with {ended!r}")
-        if live.engine_request.phase == "prefill":
-            return self._first_tokens(live, tokens)
-        return (Sampled(key, tokens, ended),)
+        if live.engine_request.phase == "decode":
+            return (Sampled(key, tokens, ended),)
+        firsts = self._first_tokens(live, tokens)
+        if self._stays.pop(live.stays, None) and firsts[0].reason is None:
+            self._go_on(live, reported)
+        return firsts
 
     def _first_tokens(self, live: _LiveRequest, tokens: Sequence[Token]) -> Sequence[Sampled]:
         """The results of a prefill request and its siblings. vLLM does not know these, and ends every prefill request
@@ -295,6 +323,17 @@ class VllmEngine:
         stops, last = live.request.sampling_params.stop_token_ids, "length" if live.outputs_left == 1 else None
         ends = ["stop" if token in stops else last for token in token_ids(tokens)]
         return [Sampled(*result) for result in zip(live.keys, zip(tokens), ends, strict=True)]
+
+    def _go_on(self, live: _LiveRequest, reported: int) -> None:
+        """Make a decode request that waits for `admit` of a prefill request that stays and has just ended. To vLLM it
+        is a new request, as one whose KV has arrived: so it gets the tokens that it would get elsewhere, and while it
+        waits it takes none of vLLM's places for running requests."""
+        key, freed = live.stays, self._connector.record.freed.pop(live.engine_request.key)
+        made = self._live_request(replace(live.engine_request, key=key, phase="decode"), live.outputs_left)
+        self._scheduler.take_back(made.request, freed)
+        made.parked = True
+        self._parked += 1
+        self._requests[key], self._reported[key] = made, reported
 
     def _failed(self, live: _LiveRequest) -> Sequence[Sampled]:
         """End a request, with its siblings, for which the model computed no valid number. Its KV may have such numbers

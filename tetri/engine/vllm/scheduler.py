@@ -3,8 +3,8 @@
 vLLM schedules running requests in order, each with as many tokens as it wants, then waiting ones while tokens are left.
 So a long prompt in progress would keep new decode requests out of its steps. This class divides the token budget before
 vLLM schedules a step: one token for each decode request, then the tokens of preempted requests that resume, then the
-prefill requests that are not held, in the order in which they were added. A running request gets a cap, 0 while it is
-held; a waiting request without a share is removed from the queue for the step.
+prefill requests that are not held, in the order in which they were added, together at most `chunk`. A running request
+gets a cap, 0 while it is held; a waiting request without a share is removed from the queue for the step.
 
 It also divides the blocks. Blocks that a running prefill request still needs are reserved for it, so that it never
 stops half way. Decode requests get their blocks before vLLM schedules, because vLLM allocates only in a step with
@@ -13,6 +13,7 @@ tokens left.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -51,15 +52,21 @@ class VllmRequest(Request):
 
 
 class PlanScheduler(Scheduler):
-    """Divides tokens and blocks among the requests, then lets vLLM schedule."""
+    """Divides tokens and blocks among the requests, then lets vLLM schedule. `chunk`: most prefill tokens of the next
+    step; None: as many as the budget has left."""
+
+    chunk: int | None = None
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's entry point, called once per step."""
         self._reserve()
-        out = self._share()
+        out, unused = self._share()
         for request in out:
             self.waiting.remove_request(request)
+        # A waiting request has no cap: vLLM gives it all tokens that are left.
+        self.max_num_scheduled_tokens -= unused
         output = super().schedule(throttle_prefills)
+        self.max_num_scheduled_tokens += unused
         if out:
             back = sorted([*self.waiting, *out], key=_place)
             self.waiting.clear()
@@ -91,6 +98,17 @@ class PlanScheduler(Scheduler):
             self.kv_holding_waiting.add_request(request)
             self.connector.record.parked.append(request.request_id)
 
+    def take_back(self, request: VllmRequest, blocks: Sequence[int]) -> None:
+        """Add a decode request that waits for admission, and give it these blocks with all of its KV. A request that
+        has just ended had them; vLLM has freed them and not used them again."""
+        manager = self.kv_cache_manager
+        kept = [manager.block_pool.blocks[block] for block in blocks]
+        manager.block_pool.touch(kept)
+        manager.coordinator.single_type_managers[0].req_to_blocks[request.request_id] = kept
+        request.status = RequestStatus.WAITING_FOR_REMOTE_KVS
+        request.num_computed_tokens = request.num_prompt_tokens - 1  # the last token has no KV yet
+        self.add_request(request)
+
     def _promised(self) -> int:
         """Blocks that running prefill requests still need."""
         return sum(self._request_remaining_blocks(request) for request in self._running("prefill"))
@@ -101,8 +119,9 @@ class PlanScheduler(Scheduler):
 
     # ------------------------------------------------------------ tokens
 
-    def _share(self) -> list[VllmRequest]:
-        """Cap the running requests; returns the waiting ones to hide from vLLM in this step."""
+    def _share(self) -> tuple[list[VllmRequest], int]:
+        """Cap the running requests. Returns the waiting ones to hide from vLLM in this step, and the tokens of the
+        budget that `chunk` leaves unused."""
         prefills, all_decodes = sorted(self._running("prefill"), key=_place), self._running("decode")
         paused, decodes = [r for r in all_decodes if r.held], [r for r in all_decodes if not r.held]
         # vLLM preempts the last request of the list: that must be the youngest decode, never a prefill request.
@@ -115,13 +134,16 @@ class PlanScheduler(Scheduler):
             request.cap, budget = 1 + more, budget - more
         out, budget = self._admissible(budget)
         waiting = [request for request in self.waiting if request.phase == "prefill" and request not in out]
+        budget = max(budget, 0)
+        chunk = budget if self.chunk is None else min(budget, self.chunk)
+        unused = budget - chunk
         for request in prefills:
             request.cap = 0
         for request in sorted([*prefills, *waiting], key=_place):
             if not request.held:
-                request.cap = min(request.missing, max(budget, 0))
-                budget -= request.cap
-        return out
+                request.cap = min(request.missing, chunk)
+                chunk -= request.cap
+        return out, unused
 
     def _joining(self) -> int:
         """How many decode requests were admitted and have not run yet. vLLM schedules them before all others that

@@ -13,7 +13,7 @@ from tetri.request import Sampling, blocks_for, token_ids
 BLOCK = CAPACITY.block_tokens
 
 
-class MovingContract:
+class MoveContract:
     @pytest.mark.parametrize(("length", "before", "after"), [(30, 1, 1), (33, 2, 0), (60, 3, 36), (10, 0, 25)])
     def test_a_running_request_goes_on_under_another_key_with_the_same_tokens(self, engine, length, before, after):
         """Full blocks are copied while it runs, the rest once it is held."""
