@@ -61,8 +61,8 @@ class Working(Told):
                 (self.waiting if engine_request.phase == "decode" else self.computed)[engine_request.key] = 0
             case say.CancelRequest(key):
                 self._forget(key)
-            case say.AdmitRequest(key):
-                self.sizes[key] = len(self.requests[key].tokens) + 1
+            case say.AdmitRequest(key, _, further):
+                self.sizes[key] = len(self.requests[key].tokens) + 1 + len(further)
             case say.HoldRequest(key, held):
                 assert (key in self.held) != held, f"{key} was told so before"
                 self.held.update({key: None}) if held else self.held.pop(key)

@@ -69,6 +69,10 @@ class KVSend:
         grant_lost = [request for request in keeping if request.flow.grant_lost and request.lacks_memory]
         return max(grant_lost, key=lambda request: request.turn, default=None)
 
+    def taken(self, slots: int) -> None:
+        """Count slots as used that running decodes export into."""
+        self.used += slots
+
     def export(self, request: PrefillRequest) -> list[Action]:
         """Export the blocks that the last step has completed, as one chunk."""
         start, stop = request.flow.exported, request.filled(request.done, self.own.capacity.block_tokens)
@@ -112,9 +116,10 @@ class KVSend:
         """Raise Broken when the slots disagree with the requests, or too many belong to requests without a grant."""
         for request in requests:
             kept = sum(chunk.stop - chunk.start for chunk in request.flow.in_flight.values())
-            if request.decodes and kept + request.flow.landed > request.flow.exported:
+            if request.decodes and not request.flow.stays and kept + request.flow.landed > request.flow.exported:
                 raise Broken(f"{request.key} moved more blocks than it exported")
-        if {request.key for request in requests if request.decodes and request.flow.kept} != {*self.keeping}:
+        keeping = {key for key, request in self.keeping.items() if not request.flow.stays}
+        if {request.key for request in requests if request.decodes and request.flow.kept} != keeping:
             raise Broken(f"slots are kept for others than {list(self.keeping)}")
         waiting = sum(each.flow.kept for each in self.keeping.values() if not each.granted and not each.flow.grant_lost)
         if waiting > self.own.open_slots:

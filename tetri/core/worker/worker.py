@@ -36,7 +36,7 @@ from tetri.engine_request import Span, StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
-from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Proceed, Resend
+from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Migrate, Proceed, Resend
 
 HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
 MOST_UNKNOWN = 256  # most messages kept from senders that no Membership has listed yet
@@ -58,7 +58,7 @@ class Worker:
         self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator, self.activity)
         self.dispatcher = self.prefill.dispatcher
         self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator, self.activity)
-        self.hand_overs = self.decode.hand_overs
+        self.hand_overs, self.migrations = self.decode.hand_overs, self.decode.migrations
         self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
@@ -86,6 +86,8 @@ class Worker:
             return self._viewed(event, now)
         self.idle = False
         match event:  # the most frequent first
+            case Exported() if event.key in self.decode.requests:
+                return self.migrations.exported(event, now)
             case Exported():
                 return self.prefill.kv_send.exported(self.prefill.requests.get(event.key), event)
             case Adopted():
@@ -107,6 +109,8 @@ class Worker:
                 return self.prefill.assign(event, now)
             case Proceed():
                 return self.lone_steps.proceed(event)
+            case Migrate():
+                return self.migrations.migrate(event, self.hand_overs.granted(event.rid, event.attempt), now)
             case Close():
                 return self._closed(event)
             case LengthKnown():
@@ -146,7 +150,10 @@ class Worker:
             else:
                 actions += self.prefill.lengths.due(self.prefill.requests[key], now)
         actions = self._deliver_own(actions, now) if actions else actions
-        return actions if self.stepping or self.idle else [*actions, *self._step(now)]
+        if self.stepping:
+            return actions
+        actions += self._move_running(now)
+        return actions if self.idle else [*actions, *self._step(now)]
 
     def deadline(self) -> float | None:
         """The time of the next `tick`: -inf for at once, None while a step is running."""
@@ -230,6 +237,14 @@ class Worker:
         assert timer is not None  # the heartbeat's timer is always set
         return self._start_step(actions, 1 if prefill.expected else batch.most(timer - now), now)
 
+    def _move_running(self, now: float) -> list[Action]:
+        """Export KV of running requests that go on elsewhere: between two steps, and before the next is planned."""
+        if not self.migrations.by_key:
+            return []
+        actions, slots = self.migrations.step(self.prefill.kv_send.spare().free, now)
+        self.prefill.kv_send.taken(slots)
+        return actions
+
     def _free_memory(self) -> FreeMemory | None:
         """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""
         return None if self.stepping or self.prefill.queue.blocked() is None else self.prefill.free_memory
@@ -311,6 +326,9 @@ class Worker:
         return True
 
     def _answered(self, event: Grant | Defer | Refuse | Landed, now: float) -> list[Action]:
+        migration = self.migrations.of(event)
+        if migration is not None:
+            return self.migrations.answered(migration, event)
         request = self.dispatcher.request_of(event)
         if request is None:  # the offer is closed
             if isinstance(event, Landed):  # the broker's Close was faster; but who copied a chunk can read
@@ -360,7 +378,7 @@ class Worker:
         return self._lost(peer, now)
 
     def _lost(self, iid: str, now: float) -> list[Action]:
-        actions = self.hand_overs.orphaned(iid)
+        actions = [*self.hand_overs.orphaned(iid), *self.migrations.lost(iid)]
         for request in self.dispatcher.aimed_at(iid):
             if request.flow.movable and not request.pinned and not (request.may_decode and request.lost):
                 self.activity.happened("refused", request.lead, iid, "it was lost")
@@ -417,7 +435,8 @@ class Worker:
         expired = self.hand_overs.expire(now)
         if expired:
             self.idle = False  # others may have waited for them
-        actions += [*expired, *self.hand_overs.resend_answers(), self.reporter.heartbeat()]
+        again = [*self.hand_overs.resend_answers(), *self.migrations.repeat(now)]
+        actions += [*expired, *again, self.reporter.heartbeat()]
         return [*actions, *self.lone_steps.repeat()]
 
     def _unread(self, now: float) -> list[Action]:

@@ -273,9 +273,10 @@ class Client:
     def _verify_receipt(self, receipt: Receipt) -> None:
         """Assert that the receipt has the KV figures of the decode worker, whatever faults happened."""
         if receipt.decode_instance is None:  # the first token of an attempt was its last
-            assert (receipt.adopted, receipt.transport) == (0, "none"), receipt
+            assert (receipt.local, receipt.transport) == (len(self.prompt), "none"), receipt
         else:
-            assert receipt.adopted == len(self.prompt) and receipt.transport in ("local", "stream"), receipt
+            tokens = (receipt.local or 0) + (receipt.adopted or 0) + (receipt.recomputed or 0)
+            assert tokens == len(self.prompt) and receipt.transport in ("none", "local", "stream"), receipt
 
 
 @dataclass(slots=True)
