@@ -128,4 +128,4 @@ def instance(iid, role, **fields):
 
 
 STATUS = {"type": "status", "instances": [], "requests": {"decode": 1}, "counters": {}, "model": "m", "monitor": None}
-STATUS |= {"notes": []}
+STATUS |= {"notes": [], "slo": {"ttft_s": None, "tpot_s": None}, "slo_requests": {}}

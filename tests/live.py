@@ -66,6 +66,7 @@ class LiveCluster:
         keys.generate(str(folder / "kv.key"))
         own = [f"cluster.run_dir={folder}", f"cluster.name={self.name}", f"cluster.key={folder}/kv.key"]
         own.append("gateway.port=0")
+        own += ["engine.cost=cpu-smollm2.toml"] if conf == VLLM else []  # measuring takes too long
         self.overrides = [*own, *overrides]
         self.conf = conf
         self.config: Config = load(conf, self.overrides)

@@ -19,9 +19,11 @@ def histogram(counts, total=0.0):
     return {"bounds": [0.1, 0.2, 0.4], "counts": counts, "total": total}
 
 
-def observation(*instances, epoch=1, serial=1, histograms=None, ended=0, status=None, **fields):
-    """`ended`: choices that have ended since the broker's start; `fields`: moves, ended choices and events."""
-    body = {**STATUS, "instances": [*instances], **(status or {})}
+def observation(*instances, epoch=1, serial=1, histograms=None, ended=0, kept=(0, 0), status=None, **fields):
+    """`ended`: choices that have ended since the broker's start; `kept`: how many kept their limits, and how many
+    missed that to the first token; `fields`: moves, ended choices and events."""
+    results = dict(zip(("met", "ttft"), kept, strict=True))
+    body = {**STATUS, "instances": [*instances], "slo_requests": results, **(status or {})}
     measures = {"counts": {"requests_ended": {"stop": ended}}, "histograms": histograms or {}}
     return {
         **{"type": "observation", "epoch": epoch, "serial": serial, "status": body, "measures": measures},
@@ -45,6 +47,7 @@ def timeline(**fields):
         **{"type": "timeline", "rid": "r1", "choice": 0, "choices": 1, "age_s": 12.0, "prompt_tokens": 768},
         **{"outputs": 7, "attempts": 2, "stage": "done", "reason": "length", "error": None, "ttft_s": 0.5},
         **{"tpot_s": 0.25, "jct_s": 2.0, "receipt": None, "stages": stages, "events": EVENTS, "left_out": 0},
+        **{"slo": {"ttft_s": 0.4, "tpot_s": None}, "slo_result": "ttft"},
         "steps": [[0.4, 0.1, "p0", 1, 0, 256, 1], *steps, [1.9, 0.1, "d1", 1, 1, 128, 1]],
     }
     return {**known, **fields}

@@ -83,6 +83,12 @@ CASES = {
         {},
         [{'tetri_ttft_seconds_bucket{le="2"}': "0+1x120", 'tetri_ttft_seconds_bucket{le="+Inf"}': "0+1x120"}],
     ),
+    "TetriLimitsMissed": Case(
+        {'tetri_slo_requests_total{result="met"}': "0+4x120", 'tetri_slo_requests_total{result="ttft"}': "0+1x120"},
+        "Only 80% of the requests keep their limits of latency",
+        {},
+        [{'tetri_slo_requests_total{result="met"}': "0+19x120", 'tetri_slo_requests_total{result="tpot"}': "0+1x120"}],
+    ),
     "TetriQueueGrows": Case(
         {'tetri_queued_seconds{iid="p0"}': "0+1x120", 'tetri_queued_seconds{iid="p1"}': "0x120"},
         "2m 0s of prefill work are queued, and it grows",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetri import cost
-from tetri.cost import Cost, CostError
+from tetri.cost import CorrectedCost, Cost, CostError
 from tetri.engine_request import Span
 
 MEASURED = Cost(
@@ -193,3 +193,47 @@ def test_the_predictor_takes_its_time_by_the_prompt():
 def test_the_page_on_cost_tables_names_every_key():
     page = (cost.TABLES.parents[1] / "docs" / "cost.md").read_text(encoding="utf-8")
     assert [field.name for field in fields(Cost) if f"`{field.name}`" not in page] == []
+
+
+# ---------------------------------------------------------------- corrected
+
+TWO_PHASES = Cost(((1.0, 3.0), (4.0, 6.0)), ((1.0, 2.0), (3.0, 4.0)), prefill_start_s=0.5, decode_context_s=0.25)
+CHUNK = [Span("a", 2, 6)]
+
+
+def corrected(*found):
+    cost = CorrectedCost(TWO_PHASES)
+    for prefill, decode in found:
+        cost.correct(prefill, decode)
+    return cost
+
+
+def predictions(cost):
+    prefills = [cost.chunk_s(CHUNK), cost.prompt_s(9, 2, 4), cost.step_s(CHUNK, 0, 0)]
+    return prefills, [cost.decode_s(3, 20), cost.decode_run_s(2, 8, 5), cost.step_s([], 3, 20)]
+
+
+def test_a_factor_corrects_the_predictions_of_its_phase():
+    plain = predictions(TWO_PHASES)
+    assert predictions(corrected()) == plain
+    assert predictions(corrected((3.0, None))) == ([3 * seconds for seconds in plain[0]], plain[1])
+    assert predictions(corrected((None, 0.5))) == (plain[0], [0.5 * seconds for seconds in plain[1]])
+    assert predictions(corrected((3.0, 0.5), (None, 2.0))) == tuple(
+        [factor * seconds for seconds in phase] for factor, phase in zip((3, 2), plain, strict=True)
+    )
+
+
+def test_a_step_of_both_phases_is_a_chunk_and_what_decodes_add():
+    added = TWO_PHASES.decode_s(3, 20) - TWO_PHASES.decode_s(1, 0)
+    assert corrected((3.0, 0.5)).step_s(CHUNK, 3, 20) == 3 * TWO_PHASES.chunk_s(CHUNK) + 0.5 * added
+    same = corrected((4.0, 4.0))
+    assert same.step_s(CHUNK, 3, 20) == pytest.approx(4 * TWO_PHASES.step_s(CHUNK, 3, 20))
+
+
+@pytest.mark.parametrize(
+    ("found", "used"),
+    [([1.5, 1.51, 1.49], 1.5), ([1.5, 1.54], 1.54), ([2.0, 1.9], 1.9), ([1.01], 1.0), ([1e9], 100.0), ([0.0], 0.01)],
+)
+def test_a_factor_holds_still_and_within_bounds(found, used):
+    cost = corrected(*((each, each) for each in found))
+    assert (cost.prefill, cost.decode) == (used, used)

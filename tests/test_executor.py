@@ -29,11 +29,13 @@ FROM_A_WORKER = [  # one of each kind, and the calls that it is
     (said.Publish("report"), [("publish", "report")]),
     (said.Connect("peer", "address", REACH), [("connect", "peer", "address"), ("meet", "peer", REACH)]),
     (said.Disconnect("peer"), [("disconnect", "peer"), ("part", "peer")]),
-    (Step(3), [("step", 3)]),
+    (Step(3), [("step", 3, None)]),
+    (Step(3, 64), [("step", 3, 64)]),
     (AddRequest(LEG), [("add", LEG)]),
     (said.CancelRequest("k"), [("cancel", "k")]),
     (AdmitRequest("k", 7, (8,)), [("admit", "k", 7, (8,))]),
     (said.HoldRequest("k", True), [("hold", "k", True)]),
+    (said.StayRequest("k", "d"), [("stay", "k", "d")]),
     (PREDICT, [("predict", PREDICT)]),
     (EXPORT, [("export", EXPORT)]),
     (ADOPT, [("adopt", ADOPT)]),
@@ -70,8 +72,8 @@ class Core:
 
 def executor(core, all_of_it, **results):
     def answering(name):
-        def answer(argument):
-            getattr(all_of_it, name)(argument)
+        def answer(*arguments):
+            getattr(all_of_it, name)(*arguments)
             return results.get(name)
 
         return answer
@@ -96,13 +98,17 @@ def test_a_leg_that_the_engine_rejects_is_heard_of_when_the_others_are_there_and
     core = Worker(identity("p1", "prefill", slots=4, fingerprint=engine.fingerprint), Random(1), 0.0)
     did = Everything()
     done = []
-    made = WorkerExecutor(core, lambda: 4.5, engine, did, did, lambda most: done.append(engine.step(most)), did.predict)
+
+    def step(most, chunk):
+        done.append(engine.step(most, chunk))
+
+    made = WorkerExecutor(core, lambda: 4.5, engine, did, did, step, did.predict)
     for rid, most in (("a", 1), ("b", 8)):
         made.carry_out(core.handle(assign(rid, prompt=6, max_tokens=most), 0.0))
     made.carry_out(core.tick(0.0))
-    (step,) = done
-    assert step.spans == ()
-    made.carry_out(core.handle(step, 0.0))
+    (result,) = done
+    assert result.spans == ()
+    made.carry_out(core.handle(result, 0.0))
 
 
 def test_every_action_but_the_brokers_is_in_the_table():
@@ -136,7 +142,7 @@ def test_what_the_core_says_to_a_result_comes_before_a_step():
     known = said.LengthKnown("k", LengthRange(low=1, high=2))
     core, did = Core({StepDone: [said.CancelRequest("a")], said.LengthKnown: [said.CancelRequest("b")]}), Everything()
     executor(core, did, step=StepDone(), predict=known).carry_out([PREDICT, Send("p", "m"), Step()])
-    calls = [("predict", PREDICT), ("send", "p", "m"), ("cancel", "b"), ("step", 1), ("cancel", "a")]
+    calls = [("predict", PREDICT), ("send", "p", "m"), ("cancel", "b"), ("step", 1, None), ("cancel", "a")]
     assert did.calls == calls and core.heard == [(known, 4.5), (StepDone(), 4.5)]
 
 
@@ -145,7 +151,7 @@ def test_lengths_named_while_the_engine_computes_are_told_before_its_step_is():
     core, did = Core({said.LengthKnown: [said.CancelRequest("b")]}), Everything()
     named = []
 
-    def step(most):
+    def step(most, chunk):
         named.append(known)  # by another thread, in the meantime
         return StepDone()
 
@@ -154,9 +160,11 @@ def test_lengths_named_while_the_engine_computes_are_told_before_its_step_is():
     assert core.heard == [(known, 4.5), (StepDone(), 4.5)] and did.calls == [("cancel", "b")]
 
 
-@pytest.mark.parametrize("action", [AddRequest(LEG), AdmitRequest("k", 7)], ids=["add", "admit"])
+@pytest.mark.parametrize(
+    "action", [AddRequest(LEG), AdmitRequest("k", 7), said.StayRequest("k", "d")], ids=["add", "admit", "stay"]
+)
 def test_what_the_engine_cannot_run_comes_back_as_an_event(action):
-    core, did = Core(), Everything({"add": EngineError("too long"), "admit": EngineError("too long")})
+    core, did = Core(), Everything(dict.fromkeys(("add", "admit", "stay"), EngineError("too long")))
     executor(core, did).carry_out([action])
     assert core.heard == [(said.RequestRejected("k", "too long"), 4.5)]
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from observations import histogram
 
-from tetri.metrics import Summary, added, percentile, summarise
+from tetri.metrics import Summary, added, attainment, gained, percentile, summarise
 
 numbers = st.lists(st.floats(-1e9, 1e9), min_size=1, max_size=50)
 
@@ -53,3 +53,14 @@ def test_nothing_is_added_to_a_histogram_that_is_not_there_or_has_not_changed():
     assert added(None, None) is None and added(full, full) is None
     new = added(full, histogram(2, 1, 0, 0, total=2.5))
     assert (new.count, new.mean()) == (2, 1.0)
+
+
+def test_counters_grow_from_where_they_were():
+    assert gained({"met": 3, "ttft": 1}, {"met": 5, "ttft": 1, "tpot": 2}) == {"met": 2, "ttft": 0, "tpot": 2}
+
+
+@pytest.mark.parametrize(
+    ("results", "share"), [({}, None), ({"met": 0}, None), ({"met": 3, "both": 1}, 0.75), ({"tpot": 2}, 0)]
+)
+def test_attainment_is_the_share_that_kept_both_limits(results, share):
+    assert attainment(results) == share

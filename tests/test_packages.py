@@ -46,6 +46,7 @@ PACKAGES = {
     ),
     "predict": package("request atomic policy text log", "numpy msgpack xxhash torch transformers safetensors"),
     "profile": package("request instance cost engine", "numpy"),
+    "rates": package("metrics wire", "msgspec"),  # for whoever looks on: top, and the gateway's page
     "sim": package(
         "request instance engine_request cost config metrics policy wire core engine kv executor"
         " text faults",  # with faults it detokenizes, and draws chances as a live deployment does
@@ -56,7 +57,7 @@ PACKAGES = {
     "client": package("request wire config strict clock private", "zmq msgspec"),
     "proc": package(EVERYTHING, "click httptools msgspec prometheus_client supervisor starlette uvicorn uvloop"),
     "cli": package(EVERYTHING, "click rich msgspec"),  # a command reads what the broker answers as its records
-    "__init__": package("client"),
+    "__init__": package("client request"),
 }
 # Inside a package -> what of the same package it may import besides itself. Prefill and decode know nothing of each
 # other: only the worker knows both.
@@ -210,6 +211,7 @@ def test_every_file_keeps_the_rule(rule):
 
 # Files without a test of their name, and the test that covers them: contracts, and what is tested with its callers.
 TESTED_ELSEWHERE = {
+    "core/prefill/home": "core/worker/test_home.py",
     "engine/base": "engine/test_emulated.py",
     "engine/plan": "engine/test_paged.py",
     "engine_request": "engine/test_paged.py",

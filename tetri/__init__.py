@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from tetri.client import AsyncClient, Client
+    from tetri.request import Slo
 
 __version__ = "0.1.0"
-__all__ = ["AsyncClient", "Client", "__version__"]
+__all__ = ["AsyncClient", "Client", "Slo", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         import tetri.client
 
         return getattr(tetri.client, name)
+    if name == "Slo":
+        from tetri.request import Slo
+
+        return Slo
     raise AttributeError(f"module 'tetri' has no attribute {name!r}")

@@ -16,6 +16,8 @@ from tetri.engine_request import Span
 from tetri.strict import shown
 
 Curve = tuple[tuple[float, float], ...]  # (tokens or batch size, seconds): the first ascend, the second never fall
+STILL = 0.02  # a factor that differs from the one in use by no more than this share does not replace it
+MOST_CORRECTED = 100.0  # the largest factor of a correction; the smallest is its inverse
 TABLES = Path(__file__).parent.parent / "conf" / "cost"  # folder of the tables that are known by name
 
 
@@ -114,6 +116,49 @@ class Cost:
         once: it is the decode step of one request without context, or the chunk if that is less."""
         chunk, decode = self.chunk_s(spans), self.decode_s(batch, context)
         return chunk + decode - min(chunk, self.decode_s(1, 0)) if chunk and decode else chunk + decode
+
+
+class CorrectedCost:
+    """A cost table, corrected while the engine serves: the predictions of Cost, times a factor for each phase. A step
+    of both phases costs what its chunk does, and what its decodes add to that. `table`: the table as it was measured.
+    """
+
+    def __init__(self, table: Cost) -> None:
+        self.table = table
+        self.prefill = self.decode = 1.0
+
+    def correct(self, prefill: float | None, decode: float | None) -> None:
+        """Set the factors: measured over predicted time of the steps of a phase, None if it is not known. A factor
+        stays as it is while the new one hardly differs, so that predictions hold still."""
+        self.prefill = _corrected(self.prefill, prefill)
+        self.decode = _corrected(self.decode, decode)
+
+    def chunk_s(self, spans: Sequence[Span]) -> float:
+        """As Cost.chunk_s."""
+        return self.table.chunk_s(spans) * self.prefill
+
+    def prompt_s(self, tokens: int, done: int, chunk_tokens: int) -> float:
+        """As Cost.prompt_s."""
+        return self.table.prompt_s(tokens, done, chunk_tokens) * self.prefill
+
+    def decode_run_s(self, batch: int, context: int, steps: int) -> float:
+        """As Cost.decode_run_s."""
+        return self.table.decode_run_s(batch, context, steps) * self.decode
+
+    def decode_s(self, batch: int, context: int) -> float:
+        """As Cost.decode_s."""
+        return self.table.decode_s(batch, context) * self.decode
+
+    def step_s(self, spans: Sequence[Span], batch: int, context: int) -> float:
+        """As Cost.step_s."""
+        chunk = self.table.chunk_s(spans)
+        return chunk * self.prefill + (self.table.step_s(spans, batch, context) - chunk) * self.decode
+
+
+def _corrected(old: float, found: float | None) -> float:
+    if found is None or abs(found - old) <= STILL * old:
+        return old
+    return min(max(found, 1 / MOST_CORRECTED), MOST_CORRECTED)
 
 
 def load(table: str | Path) -> Cost:

@@ -35,6 +35,10 @@ class EngineRequest(Value, frozen=True):
     siblings: tuple[tuple[str, int], ...] = ()
     room: int = 0
 
+    def as_decode(self, key: str) -> EngineRequest:
+        """Return the decode request that a prefill request becomes when it stays."""
+        return EngineRequest(key, "decode", self.tokens, self.output_from, self.sampling)
+
 
 # Records, because millions of them are made: a dataclass takes six times as long to create.
 
@@ -80,7 +84,8 @@ class StepDone(Record, frozen=True):
     tokens      new output tokens
     allocated   decode requests whose KV blocks are allocated now, ready for `adopt`
     preempted   requests that lost their blocks
-    held        KV blocks after the step, of each request whose number has changed since the last step (0: preempted)
+    held        KV blocks after the step, of each request whose number has changed since the last step (0: preempted).
+                Not of a prefill request that has ended, nor of the decode request that one has become
     steps       forward passes. A decode batch may run several in one go; each request then has `steps` tokens. 1 with
                 spans
     estimates   of prefill requests that have ended, and of decode requests every so many tokens

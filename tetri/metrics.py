@@ -74,6 +74,17 @@ class Bucketed:
         return self.bounds[-1]
 
 
+def gained(before: Mapping[str, int], after: Mapping[str, int]) -> dict[str, int]:
+    """What counters have grown, by name."""
+    return {name: count - before.get(name, 0) for name, count in after.items()}
+
+
+def attainment(results: Mapping[str, int]) -> float | None:
+    """The share of requests that kept their limits, of those counted by result (Status.slo_requests); None of none."""
+    total = sum(results.values())
+    return results.get("met", 0) / total if total else None
+
+
 def added(before: Mapping[str, Any] | None, after: Mapping[str, Any] | None) -> Bucketed | None:
     """The values that came to a histogram; None if there are none."""
     if after is None:

@@ -69,6 +69,7 @@ DEFAULT_TOKENS = 128  # output tokens of a request that names no limit, where so
 
 
 MAX_CHOICES = 16  # of one request
+MAX_DEADLINE_S, MAX_LIMIT_S = 1e6, 86400.0  # the longest deadline, and the longest limit of latency
 MAX_LOGPROBS = 20  # most likely tokens at each place of the output
 
 
@@ -208,6 +209,15 @@ class Slo(Record, frozen=True):
     ttft_s: float | None = None
     tpot_s: float | None = None
 
+    def result(self, ttft_s: float, tpot_s: float | None) -> str:
+        """Which limits these times exceed: ttft, tpot or both; met if none. `tpot_s`: None: there was one token."""
+        late = self.ttft_s is not None and ttft_s > self.ttft_s
+        slow = self.tpot_s is not None and tpot_s is not None and tpot_s > self.tpot_s
+        return "both" if late and slow else "ttft" if late else "tpot" if slow else "met"
+
+
+SLO_RESULTS = ("met", "ttft", "tpot", "both", "failed")  # how requests keep their limits: the labels of `slo_requests`
+
 
 def slo_problem(slo: Slo) -> str | None:
     """The first invalid limit, in one line that states what is allowed; None if both are valid."""
@@ -216,9 +226,6 @@ def slo_problem(slo: Slo) -> str | None:
         if value is not None and not 0 < value <= MAX_LIMIT_S:  # also catches NaN
             return f"{name} must be above 0 and at most {MAX_LIMIT_S:g} seconds, got {value:g}"
     return None
-
-
-MAX_LIMIT_S = 86400.0
 
 
 class Turn(Record, frozen=True):
@@ -272,6 +279,11 @@ class Receipt(Record, frozen=True):
             prefill_instance=before.prefill_instance,
             migrated=before.migrated + 1,
         )
+
+    @property
+    def kept(self) -> int:
+        """Prompt tokens whose KV was computed once."""
+        return (self.local or 0) + (self.adopted or 0)
 
 
 _SUMS = ("kv_bytes", "chunks", "preempted", "refetched")

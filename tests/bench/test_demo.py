@@ -28,6 +28,7 @@ def test_the_demo_fails_when_prompt_tokens_were_computed_again():
     assert "8 of 9 prompt tokens were adopted" in demo.problems(result(adopted=8), 1)[0]
     assert "3 prompt tokens were computed again" in demo.problems(result(recomputed=3), 1)[0]
     assert demo.problems(result(chunks=2), 2) == []
+    assert demo.problems(result(adopted=0, local=9, chunks=0), 2) == []  # it stayed where it was prefilled
     assert "came in 1 chunks" in demo.problems(result(chunks=1), 2)[0]
 
 
@@ -53,7 +54,7 @@ def test_the_demo_answers_two_prompts_and_shows_where_the_time_went():
     process = start_demo("--conf", EMULATED)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    for word in ("short", "long", "TTFT", "JCT", "KV bytes moved", "adopted", "recomputed", "prefill on"):
+    for word in ("short", "long", "TTFT", "JCT", "KV bytes moved", "local", "adopted", "recomputed", "prefill on"):
         assert word in output
     assert left_of(process) == []
 

@@ -27,6 +27,7 @@ BLOCKS = 2048
 KEPT_POINTS = 600
 KEPT_ENDS = 200
 BATCH = 32  # decodes in one batch
+LIMITS = {"ttft_s": 0.25, "tpot_s": 0.055}  # of every request
 
 
 @dataclass
@@ -50,6 +51,10 @@ class Request:
     @property
     def iid(self) -> str:
         return self.plan[self.at][1]
+
+    def kept(self, ttft: float) -> str:
+        late, slow = ttft > LIMITS["ttft_s"], self.tpot > LIMITS["tpot_s"]
+        return "both" if late and slow else "ttft" if late else "tpot" if slow else "met"
 
     def written(self, now: float) -> int:
         begun = next((start for stage, _, start in self.plan if stage == "decode"), 1e9)
@@ -152,7 +157,7 @@ class World:
         reason = {"done": "length", "failed": "error"}.get(it.stage, it.stage)
         fields = {"rid": it.rid, "reason": reason, "age_s": 0.0, "ttft_s": ttft, "tpot_s": it.tpot, "jct_s": jct}
         fields |= {"prompt_tokens": it.prompt, "outputs": it.outputs, "attempts": it.attempts}
-        fields |= {"prefill": it.plan[0][1], "decode": it.plan[-1][1]}
+        fields |= {"prefill": it.plan[0][1], "decode": it.plan[-1][1], "slo": LIMITS, "slo_result": it.kept(ttft)}
         self.ended.append((it.born + jct, fields))
         self.new_ended.append(fields)
 
@@ -183,9 +188,11 @@ class World:
         ranks = {name: sorted(each[name] for each in recent) for name in ("ttft_s", "tpot_s")}
         ends = {name: [values[len(values) // 2], values[-1]] if values else None for name, values in ranks.items()}
         tokens = sum(1 / each.tpot for each in self.open.values() if each.stage == "decode")
+        kept = sum(each["slo_result"] == "met" for each in recent)
         queue = [0.08 + 0.02 * len(recent), 0.09 + 0.018 * len(recent)] if recent else None
         return {"at": now, "ttft": ends["ttft_s"], "tpot": ends["tpot_s"], "tokens_s": tokens,
-                "requests_s": len(recent) / 3, "queue": queue}  # fmt: skip
+                "requests_s": len(recent) / 3, "queue": queue, "goodput": kept / 3,
+                "attainment": kept / len(recent) if recent else None}  # fmt: skip
 
     def message(self, now: float) -> dict:
         """What has happened since the message before."""
@@ -251,10 +258,10 @@ class World:
                 "outputs": it.written(now), "attempts": it.attempts, "stage": it.stage, "error": None,
                 "reason": {"done": "length", "failed": "error"}.get(it.stage, it.stage) if done else None,
                 "ttft_s": ready if age > ready else None, "tpot_s": it.tpot, "jct_s": it.plan[-1][2] if done else None,
-                "receipt": {"prompt_tokens": it.prompt, "adopted": it.prompt, "recomputed": 0, "chunks": chunks,
-                            "kv_bytes": it.prompt * 24576, "transport": "shm", "preempted": 0} if done else None,
+                "receipt": {"prompt_tokens": it.prompt, "local": 0, "adopted": it.prompt, "recomputed": 0,
+                            "chunks": chunks, "kv_bytes": it.prompt * 24576, "transport": "shm", "preempted": 0} if done else None,
                 "stages": spans, "events": [event for event in events if event[3] <= age], "steps": steps,
-                "left_out": 0}  # fmt: skip
+                "slo": LIMITS, "slo_result": it.kept(ready) if done else "", "left_out": 0}  # fmt: skip
 
 
 class Feed:

@@ -9,7 +9,7 @@ from observed import observation, timeline
 
 def ended(rid, jct_s, reason="stop", **fields):
     known = {"rid": rid, "reason": reason, "age_s": 5.0, "ttft_s": 0.1, "tpot_s": None, "jct_s": jct_s}
-    known |= {"prompt_tokens": 9, "outputs": 1, "attempts": 1, "prefill": "p0", "decode": "d0"}
+    known |= {"slo_result": "ttft", "prompt_tokens": 9, "outputs": 1, "attempts": 1, "prefill": "p0", "decode": "d0"}
     return {**known, **fields}
 
 
@@ -90,7 +90,7 @@ def test_without_an_id_it_lists_the_last_requests(run, broker):
     head, *rows = [line.split() for line in run("explain")[1].splitlines()]
     assert head[0] == "request" and head[-3:] == ["prompt", "output", "instances"]
     assert [row[0] for row in rows] == ["slow.1", "failed", "quick"]
-    assert rows[1] == ["failed", "5", "s", "ago", "error", "-", "-", "1.00", "s", "1", "9", "1", "p0", ">", "-"]
+    assert rows[1] == ["failed", "5", "s", "ago", "error", "-", "-", "1.00", "s", "ttft", "1", "9", "1", "p0", ">", "-"]
     assert [each["rid"] for each in json.loads(run("explain", "--slowest", "--json")[1])["ended"]] == [
         *("quick", "failed", "slow.1")
     ]

@@ -74,6 +74,18 @@ def test_json_is_one_object_with_every_point(run):
     assert all(point["seconds"] > 0 and point["predicted_s"] > 0 for point in found["points"])
 
 
+def test_a_table_is_kept_for_workers_and_listed(run, tmp_path, monkeypatch):
+    monkeypatch.setenv("TETRI_CACHE", str(tmp_path / "cache"))
+    assert run("--kept") == (0, "no table is kept\n", "")
+    status, _, err = run("--quick", "--rounds", "1", "--keep")
+    (path,) = (tmp_path / "cache" / "cost").glob("*.toml")
+    assert status == 0 and err.splitlines()[-1] == f"kept as {path}"
+    made = cost.load(path)
+    assert run("--kept") == (0, f"{path}  {made.source}\n", "")
+    status, out, _ = run("--kept", "--json")
+    assert json.loads(out)[str(path)]["chunk_tokens"] == made.chunk_tokens
+
+
 @pytest.mark.parametrize(
     ("more", "says"),
     [

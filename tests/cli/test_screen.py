@@ -38,13 +38,15 @@ def test_it_shows_both_banks_the_stages_the_latencies_and_what_happened():
     later = observation(
         *(P0, member("d0", "decode", {"running": 7, "heavy": 3}, {"decode_steps": 4, "decode_tokens": 18}), GONE),
         histograms={"ttft": histogram([0, 5, 0, 0], 0.75), "queue_predicted": histogram([1, 0, 0, 0], 0.05)},
-        status=status,
+        status={**status, "slo": {"ttft_s": 0.5, "tpot_s": None}},
         ended=20,
+        kept=(15, 5),
         events=[["lost", "d1", 2.2, "silent"]],
     )
     shown = lines(after(observation(P0, D0, GONE), later), now=10.0)
     assert "requests  queued 3   prefill 0   moving 0   waiting 0   decode 7" in shown
     assert "last 10 s TTFT p50 150.0 ms p99 199.0 ms   TPOT -" in shown
+    assert "limits    TTFT 500.0 ms   TPOT -   kept 75%   goodput 1.5 requests/s" in shown
     assert "queue     predicted 50.0 ms   real -   1 tokens/s   2 requests/s" in shown
     assert row(shown, "p0") == ["p0", "prefill", "3", "420.0", "ms", "-", "████", "50%", "0%", "-"]
     assert row(shown, "d0") == ["d0", "decode", "0", "7", "3", "2.5", "0%", "0%", "-"]

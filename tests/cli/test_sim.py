@@ -34,6 +34,15 @@ def test_json_is_one_object_with_what_was_promised(run):
     assert [each["iid"] for each in made["instances"]] == ["p0", "p1", "d0", "d1"]
     assert [*made["run"]] == ["wall_s", "peak_rss_mb"] and made["run"]["wall_s"] > 0
     assert made["counters"]["prefill_tokens"] > 0 and "faults" not in made
+    assert [*made["slo"]] == ["ttft_s", "tpot_s", "attainment", "goodput_per_s", "results"]
+
+
+def test_limits_are_kept_or_missed(run):
+    kept, missed = (
+        json.loads(run(*SMALL, "--ttft", ttft, "--tpot", "9", "--json")[1])["slo"] for ttft in ("1000", "0.0001")
+    )
+    assert (kept["ttft_s"], kept["tpot_s"], kept["attainment"]) == (1000, 9, 1.0) and kept["goodput_per_s"] > 0
+    assert (missed["attainment"], missed["results"]["ttft"]) == (0.0, 30)
 
 
 @pytest.mark.parametrize("faults", [[], ["--faults", FAULTS]], ids=["plain", "faults"])
@@ -145,7 +154,8 @@ def test_the_help_explains_every_trace_and_fault(run):
         (["--burstiness", "0"], "the burstiness must be from 0.01 to 100, got 0"),
         (["--prompt-tokens", "x"], "lengths must be N, LOW-HIGH or lognormal:MEDIAN:SIGMA"),
         (["--deadline", "0"], "the deadline must be above 0 s"),
-        (["--prefill", "0"], "there is no prefill instance: give prefill or mixed at least 1"),
+        (["--ttft", "0"], "ttft_s must be above 0 and at most 86400 seconds, got 0"),
+        (["--prefill", "0"], "there is no prefill instance: give prefill, mixed or auto at least 1"),
         (["--cost", "nowhere"], "no cost table is called 'nowhere'; known:"),
         (["--link", "fast"], "--link must be roce, nvlink or bytes a second, got 'fast'"),
         (["--flip", "never"], "unknown flip 'never'; known: none"),

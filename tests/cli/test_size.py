@@ -1,11 +1,14 @@
 """tetri-cli size: the answer for the configured and for other hardware, and one line for what cannot be."""
 
 import json
+import os
 import shlex
+import shutil
 from functools import partial
 
 import pytest
 
+from tetri import cost
 from tetri.cli.size import command
 from tetri.sim import pools, sizing
 
@@ -14,7 +17,16 @@ V100 = ("--cost", "v100-opt13b")
 
 
 @pytest.fixture
-def run(run, place, monkeypatch):
+def kept(tmp_path, monkeypatch):
+    """The folder of measured tables, with one of the default model."""
+    monkeypatch.setenv("TETRI_CACHE", str(tmp_path))
+    (tmp_path / "cost").mkdir()
+    shutil.copy(cost.TABLES / "cpu-smollm2.toml", tmp_path / "cost" / "smollm2-135m-0a.toml")
+    return tmp_path / "cost"
+
+
+@pytest.fixture
+def run(run, place, monkeypatch, kept):
     """`tetri-cli size`, by fewer requests: (exit status, stdout, stderr)."""
     monkeypatch.setattr(pools, "REQUESTS", 300)
     monkeypatch.setattr(pools, "LONGER", (1,))
@@ -62,6 +74,17 @@ def test_the_configuration_describes_the_hardware(run):
     out = run("--rate", "2", *LOAD[2:])[1]
     assert "  instances of 46592 tokens of KV, 512 tokens a chunk, 32 requests a batch" in out
     assert "40 tokens a chunk" in run("--rate", "2", *LOAD[2:], "--chunk-tokens", "40")[1]
+
+
+def test_the_hardware_is_that_of_the_table_that_was_measured_last(run, kept):
+    for name, token_bytes, age_s in (("smollm2-135m-0b", 2 * 23040, 90), ("other-0c", 99, 0)):
+        path = kept / f"{name}.toml"
+        path.write_text((kept / "smollm2-135m-0a.toml").read_text().replace("= 23040", f"= {token_bytes}"))
+        os.utime(path, times=(at := path.stat().st_mtime - age_s, at))
+    assert "  instances of 46592 tokens of KV" in run("--rate", "2", *LOAD[2:])[1]
+    os.utime(kept / "smollm2-135m-0a.toml", times=(1, 1))
+    assert "  instances of 23296 tokens of KV" in run("--rate", "2", *LOAD[2:])[1]
+    assert "no cost table" in run("--rate", "2", *LOAD[2:], "--set", "model.name=third")[2]
 
 
 def test_a_link_that_carries_less_than_prompts_need_more_instances(run):
@@ -138,7 +161,7 @@ def test_what_cannot_be_is_one_line(run, arguments, says):
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["--conf", "conf/emulated.toml", *LOAD], "has no cost table (engine.cost)"),
+        (["--conf", "conf/emulated.toml", *LOAD], "there is no cost table for this configuration (engine.cost)"),
         ([*LOAD[:4], *LOAD[6:]], "give --prompt and --output"),
         (LOAD[2:], "Missing option '--rate'"),
     ],

@@ -29,6 +29,17 @@ def test_the_help_explains_the_columns(run):
     assert "held        requests" in run("status", "--help")[1] and "held  " not in run("top", "--help")[1]
 
 
+def test_status_shows_how_limits_are_kept_and_which_are_missed(run, broker):
+    found = {"slo": {"ttft_s": 0.5, "tpot_s": 0.05}, "slo_requests": {"met": 6, "ttft": 1, "tpot": 0, "failed": 1}}
+    broker(lambda message: [{**STATUS, **found}])
+    line = "limits    TTFT 500.0 ms   TPOT 50.0 ms   kept by 6 of 8 (75%); missed: ttft 1, failed 1"
+    assert line in run("status")[1].splitlines()
+    told = json.loads(run("status", "--json")[1])
+    assert {name: told[name] for name in found} == found
+    broker(lambda message: [STATUS])
+    assert "limits    TTFT -   TPOT -   kept by 0 of 0 (-)" in run("status")[1].splitlines()
+
+
 def test_a_lost_instance_is_not_said_to_be_busy(run, broker):
     instance = {**INSTANCE, "state": "lost", "load": {**INSTANCE["load"], "busy": 0.99}}
     broker(lambda message: [{**STATUS, "instances": [instance]}])

@@ -18,8 +18,9 @@ def test_the_answer_alone_goes_to_stdout(run, broker):
 def test_options_reach_the_broker(run, broker):
     fake = broker()
     options = "--max-tokens 3 --temperature 0.5 --top-p 0.9 --top-k 4 --min-p 0.1 --seed 7 --stop a --stop b"
-    run("submit", "hi", "--chat", "--deadline", "5", *options.split())
+    run("submit", "hi", "--chat", "--deadline", "5", "--ttft", "0.5", "--tpot", "0.05", *options.split())
     assert fake.seen[0]["messages"] == [{"role": "user", "content": "hi"}] and fake.seen[0]["deadline_s"] == 5.0
+    assert fake.seen[0]["slo"] == {"ttft_s": 0.5, "tpot_s": 0.05}
     assert fake.seen[0]["sampling"] == {
         **{"max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 4, "min_p": 0.1, "seed": 7},
         "stop": ["a", "b"],
@@ -32,7 +33,8 @@ def test_json_is_one_object(run, broker):
     found = json.loads(out)
     assert (status, err, out.count("\n")) == (0, "", 1)
     wanted = ["rid", "text", "token_ids", "finish_reason", "usage", "timeline", "ttft_s", "jct_s", "receipt"]
-    assert list(found) == [*wanted, "choice", "logprobs"]
+    wanted += ["choice", "logprobs", "slo", "slo_result"]
+    assert list(found) == wanted and found["slo"] == {"ttft_s": None, "tpot_s": None}
     assert found["text"] == "one two three" and found["receipt"]["prefill_instance"] is None
 
 

@@ -48,12 +48,16 @@ def test_the_heading_has_the_latencies_and_names_each_mishap():
     assert heading(typed()) == [
         ("request", "r1: length, arrived 12 s ago"),
         ("latency", "TTFT 500.0 ms   TPOT 250.0 ms   JCT 2.00 s"),
+        ("limits", "TTFT 400.0 ms   TPOT -   missed TTFT"),
         ("tokens", "768 prompt   7 output   2 attempts"),
         ("refused", "at 110.0 ms: d1 refused: draining"),
         ("retry", "at 1.00 s: attempt 2: d0 was lost"),
         ("migrated", "at 1.50 s: from d0 to d1"),
         ("preempted", "at 1.60 s: lost its memory to others"),
     ]
+    results = ("", "met", "tpot", "both", "failed")
+    shown = [heading(typed(slo_result=result))[2][1].removeprefix("TTFT 400.0 ms   TPOT -") for result in results]
+    assert shown == ["", "   kept", "   missed TPOT", "   missed both", "   failed"]
     late = {"jct_s": None, "ttft_s": None, "tpot_s": None}
     still = typed(**late, reason=None, stage="prefill", choice=1, choices=3, events=[], left_out=7)
     assert heading(still)[0] == ("request", "r1.1 (choice 1 of 3): prefill now, arrived 12 s ago")
@@ -69,6 +73,7 @@ def test_the_heading_has_the_latencies_and_names_each_mishap():
             Receipt(prompt_tokens=9, adopted=8, recomputed=1, kv_bytes=2000, chunks=1, transport="shm", preempted=1),
             "8 of 9 prompt tokens adopted as 2 kB of KV in 1 chunk over shm, 1 recomputed, preempted 1 time",
         ),
+        (Receipt(prompt_tokens=9, local=9, adopted=0, recomputed=0), "9 of 9 prompt tokens local, 0 recomputed"),
         (
             Receipt(
                 **{"prompt_tokens": 9, "adopted": 9, "recomputed": 0, "kv_bytes": 0, "chunks": 0, "transport": "none"},

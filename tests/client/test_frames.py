@@ -8,6 +8,10 @@ import tetri
 from tests.client.script import GARBAGE
 from tetri.client import BadRequest
 from tetri.client.frames import parse
+from tetri.request import Slo
+
+BAD_S = (0, -1, float("nan"), 1e6)
+BAD_SLOS = ((Slo(ttft_s="5"), "ttft_s: expected float"), ({"itl_s": 1}, "unknown field"), (5, "slo: expected object"))
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,8 @@ from tetri.client.frames import parse
         ({"prompt": "x", "heat": 3}, "'heat' is not a sampling parameter; known: max_tokens"),
         *(({"prompt": "x", "deadline_s": most}, "deadline_s must be above 0") for most in (0, float("nan"))),
         ({"prompt": "x", "deadline_s": "5"}, "deadline_s: expected float, got str"),
+        *(({"prompt": "x", "slo": Slo(tpot_s=most)}, "tpot_s must be above 0 and at most 86400 s") for most in BAD_S),
+        *(({"prompt": "x", "slo": slo}, says) for slo, says in BAD_SLOS),
         *(({"prompt": "x", name: 10**400}, f"{name}: number out of range") for name in ("deadline_s", "temperature")),
         ({"prompt": "x", "max_tokens": 10**400}, "max_tokens must be from 1 .* many digits"),
         ({"prompt": "x", "seed": 10**5000}, "seed must be from 0 .* many digits"),

@@ -30,7 +30,7 @@ def test_a_flip_is_asked_for_with_one_key_until_it_is_answered():
 
 
 def test_a_flip_that_makes_no_sense_is_not_asked_for_and_one_may_be_refused():
-    roles = "role must be prefill, decode or mixed, got 'tea'"
+    roles = "role must be prefill, decode, mixed or auto, got 'tea'"
     fake = FakeBroker(lambda m: [refused(m["key"], "d0 is the last")])
     with fake as broker, Operator(broker.address, **FAST) as operator:
         for iid, role, why in (("d0", "tea", roles), ("d" * 129, "mixed", "1 to 128 characters")):

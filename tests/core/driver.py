@@ -38,6 +38,7 @@ class Working(Told):
         self.sizes: dict[str, int] = {}  # running decode leg -> tokens, prompt and output
         self.preempted: dict[str, int] = {}  # of these, the preempted ones, and how many tokens are computed again
         self.held: dict[str, None] = {}
+        self.stays: dict[str, str] = {}  # prefill leg -> the decode leg that it turns into
         self.most: int | None = None  # passes that the step under way may take, None while there is none
         self.far, self.exports, self.frees = False, True, True
         self.trouble: dict[int, list[str]] = {}  # index of a chunk -> what is wrong with it, one try after the other
@@ -63,6 +64,9 @@ class Working(Told):
                 self._forget(key)
             case say.AdmitRequest(key, _, further):
                 self.sizes[key] = len(self.requests[key].tokens) + 1 + len(further)
+            case say.StayRequest(key, decode_key):
+                assert key in self.computed and key not in self.stays, f"{key} cannot stay"
+                self.stays[key] = decode_key
             case say.HoldRequest(key, held):
                 assert (key in self.held) != held, f"{key} was told so before"
                 self.held.update({key: None}) if held else self.held.pop(key)
@@ -81,8 +85,9 @@ class Working(Told):
         return super().result(action) if self.frees else None
 
     def _forget(self, key: str) -> None:
-        for place in (self.requests, self.computed, self.waiting, self.sizes, self.preempted, self.held):
+        for place in (self.requests, self.computed, self.waiting, self.sizes, self.preempted, self.held, self.stays):
             place.pop(key, None)
+        self.stays = {prefill: decode for prefill, decode in self.stays.items() if decode != key}
 
     def key(self, rid: str) -> str:
         """Of the newest leg of a request."""
@@ -159,6 +164,8 @@ class Working(Told):
         reason = ends.get(key.split(":")[1], "length" if full else None)
         if key in self.sizes:
             self.sizes[key] += len(ids)
+        if reason is None and key in self.stays:
+            self.requests[self.stays[key]] = self.requests[key]
         if reason is not None or key in self.computed:
             self._forget(key)
         return Sampled(key, ids, reason)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 
 from tests.engine.driving import adopt, adopt_all, computed, engine_request, export, held, prefill, prompt, run
+from tests.engine.stay_contract import StayContract
 from tetri.engine.base import EngineError
 from tetri.engine_request import Span, StepDone
 from tetri.instance import Capacity
@@ -17,7 +18,7 @@ CAPACITY = Capacity(blocks=12, block_tokens=32, chunk_tokens=64, max_batch=4, co
 STEPS = {"new": 0, "computing": 1, "held": 1, "computed": 3}  # of a prefill of 160 tokens, until it is so
 
 
-class EngineContract:
+class EngineContract(StayContract):
     def right(self, tokens, sampling):
         raise NotImplementedError
 
@@ -199,8 +200,12 @@ class EngineContract:
             engine.step()
         engine.adopt("d", 0, [memoryview(block) for block in copies])
         engine.admit("d", first.token)
-        engine.step()
         engine.hold("d", True)
+        assert engine.step().tokens == (), "it has not run yet"
+        engine.hold("d", False)
+        assert computed(engine.step()) == {"d": 1}
+        engine.hold("d", True)
+        assert engine.step().tokens == ()
         engine.cancel("d")
 
     def test_one_decode_can_run_alone_while_the_batch_is_held(self, engine):

@@ -4,10 +4,9 @@ from math import exp
 
 import pytest
 
-from tests.engine.contract import CAPACITY
-from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prompt, run
+from tests.engine.contract import CAPACITY, EngineContract
+from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prompt, run, stay
 from tests.engine.move_contract import MoveContract
-from tests.engine.stay_contract import StayContract
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EOS, EmulatedEngine, logprob_of, next_token, reference, reference_tokens
@@ -45,7 +44,7 @@ class Watch:
         return self.now >= self.message_at
 
 
-class TestContract(StayContract, MoveContract):
+class TestContract(EngineContract, MoveContract):
     @pytest.fixture
     def engine(self):
         made = emulated(CAPACITY)
@@ -85,6 +84,14 @@ def test_a_prompt_without_a_valid_number_ends_with_no_token():
     _, sampled = prefill(engine, "a", prompt(5))
     assert (sampled.ids, sampled.reason, sampled.error) == ((), "error", INVALID)
     assert len(engine.free) == SMALL.blocks
+
+
+def test_a_prompt_without_a_valid_number_does_not_stay():
+    engine = emulated(nan_token=prompt(5)[2])
+    assert stay(engine, "p", "d", prompt(5)).error == INVALID
+    assert not engine.contents and len(engine.free) == SMALL.blocks
+    with pytest.raises(EngineError):
+        engine.admit("d", 5)
 
 
 def test_the_engine_dies_in_the_step_that_computes_the_deadly_token_in_either_phase():

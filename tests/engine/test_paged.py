@@ -119,6 +119,8 @@ def lifecycle(seed, length):
             told.setdefault(key, []).append(("preempted", passes))
         for sampled in done.tokens:
             told.setdefault(sampled.key, []).extend(sampled.ids)
+            if f"{sampled.key} stays" in engine.slots:
+                engine.admit(f"{sampled.key} stays", 1)
             if sampled.reason:
                 told[sampled.key].append((sampled.reason, passes))
     return told
@@ -131,6 +133,7 @@ def disturb(engine, rng, key):
     elif drawn < 0.8:
         engine.add(engine_request(key, "prefill", prompt(rng.randint(1, 20))))
         engine.hold(key, rng.random() < 0.5)
+        engine.stay(key, f"{key} stays")
     elif engine.slots:
         slot = rng.choice(list(engine.slots.values()))
         if slot.admitted and drawn < 0.9:
@@ -142,6 +145,17 @@ def disturb(engine, rng, key):
 def test_such_lives_see_preemptions():
     legs = [leg for seed in range(20) for leg in lifecycle(seed, lambda rng: 6).values()]
     assert "preempted" in {entry[0] for leg in legs for entry in leg if entry != 1}
+
+
+def test_decodes_run_several_passes_beside_a_prompt_that_may_not_run():
+    engine = paged()
+    decoding(engine, engine_request("a", "decode", prompt(3)))
+    engine.add(engine_request("p", "prefill", prompt(20)))
+    plans = []
+    for chunk in (0, 3, None):
+        plans.append(engine.plan(4, chunk))
+        engine.finish(plans[-1], plans[-1].steps, ones)
+    assert [(plan.steps, plan.chunk) for plan in plans] == [(4, ()), (1, (Span("p", 0, 3),)), (1, (Span("p", 3, 10),))]
 
 
 # ---------------------------------------------------------------- what it costs

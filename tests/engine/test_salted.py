@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.engine.driving import adopt, prefill, prompt, run
+from tests.engine.driving import adopt, prefill, prompt, run, stay
 from tests.engine.test_emulated import VOCABULARY, emulated
 from tetri.engine.emulated import reference
 from tetri.engine.salted import attempts_of, salt_of, writers
@@ -34,6 +34,13 @@ def test_each_token_names_the_engine_that_wrote_it():
         assert len(output) == 8 and output != reference(prompt(5), SAMPLING, VOCABULARY, 8)
         names = found(output)
         assert "p0" in names[0] and all(name in each for each in names[1:]) and attempts_of(names) == 1
+
+
+def test_an_engine_where_a_request_stays_wrote_all_of_it():
+    engine = engines()["p0"]
+    first = stay(engine, "p", "d", prompt(5))
+    engine.admit("d", first.token)
+    assert all("p0" in each for each in found([first.token, *run(engine, "d")[0]["d"]]))
 
 
 def test_a_token_from_elsewhere_has_no_writer():

@@ -41,9 +41,9 @@ def test_the_engines_cost_is_its_timing_and_everybodys_prediction(tmp_path):
     table = tmp_path / "some.toml"
     table.write_text("prefill = [[1, 0.01], [512, 0.2]]\ndecode = [[1, 0.01], [32, 0.03]]\n")
     config = load(EMULATED, [f"engine.cost={table}"])
-    assert build.predicted(config).prompt_s(512, 0, 512) == pytest.approx(0.2)
+    assert build.table(config).prompt_s(512, 0, 512) == pytest.approx(0.2)
     slow = load(EMULATED, [f"engine.cost={table}", "emulated.time_scale=3"])
-    assert build.predicted(slow).prompt_s(512, 0, 512) == pytest.approx(0.6)
+    assert build.table(slow).prompt_s(512, 0, 512) == pytest.approx(0.6)
     waited = []
 
     def wait(seconds: float) -> bool:
@@ -63,17 +63,28 @@ def test_the_engines_cost_is_its_timing_and_everybodys_prediction(tmp_path):
         (["engine.cost=v100-opt13b.toml", "emulated.time_scale=0.5"], True),
         (["engine.cost=v100-opt13b.toml", "emulated.time_scale=0"], False),  # steps take no time
         ([], False),
+        (["engine.cost="], False),
     ],
 )
 def test_steps_are_compared_with_a_table_if_they_take_its_time(settings, compares):
-    config = load(EMULATED, settings)
-    engine: Any = build.engine(config)
+    assert identity_of(load(EMULATED, settings)).compares_steps is compares
+
+
+def identity_of(config, measured=None):
+    engine: Any = build.engine(load(EMULATED))
     kv: Any = SimpleNamespace(reach=Reach(paths=["shm"], host="h", process=0, segment="s"), slots=9)
-    assert build.identity(config, "d0", 1, engine, kv).compares_steps is compares
+    return build.identity(config, "d0", 1, engine, kv, measured)
+
+
+def test_a_worker_predicts_with_the_table_that_is_named_else_with_the_measured_one():
+    measured = Cost(((1.0, 7.0),), ((1.0, 7.0),))
+    assert identity_of(load(EMULATED, ["engine.cost=v100-opt13b.toml"]), measured).cost.source != measured.source
+    found = identity_of(load(DEFAULT, ["worker.d0.role=decode"]), measured)
+    assert found.cost == measured and found.compares_steps
 
 
 def test_without_a_table_longer_prompts_and_larger_batches_still_count_as_more():
-    predicted = build.predicted(load(EMULATED))
+    predicted = identity_of(load(EMULATED)).cost
     assert predicted != Cost()
     assert predicted.prompt_s(100, 0, 512) < predicted.prompt_s(600, 0, 512) < predicted.prompt_s(2000, 0, 512)
     assert predicted.decode_s(1, 0) < predicted.decode_s(9, 0)

@@ -56,8 +56,8 @@ class Engine(EmulatedEngine):
         states, self.states = self.states, None
         return states
 
-    def step(self, most=1):
-        done = super().step(most)
+    def step(self, most=1, chunk=None):
+        done = super().step(most, chunk)
         if done.spans:
             keys = tuple(span.key for span in done.spans)
             rows = np.array([[[3, 0, 0]], [[1, 0, 0]]], np.float32)[: len(keys)]
@@ -82,6 +82,17 @@ def test_what_is_foretold_comes_with_the_step_that_took_it():
     )
     assert [token.key for token in done.tokens] == ["a", "b"] and len(done.spans) == 2, "and all else that it says"
     assert head.asked[1] == ([[3, 0, 0], [1, 0, 0]], [0, 64])
+
+
+def test_a_step_has_the_passes_and_the_chunk_that_it_was_asked_for():
+    engine = made()
+    engine.add(engine_request("a", "prefill", prompt(20), max_tokens=3))
+    step = estimating(engine, Head())
+    assert [span.stop for span in step(1, 7).spans] == [7]
+    engine.stay("a", "d")
+    (first,) = step(1).tokens
+    engine.admit("d", first.token)
+    assert step(5).steps == 2
 
 
 def test_a_step_that_took_nothing_asks_nobody():

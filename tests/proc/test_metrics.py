@@ -51,6 +51,7 @@ def observation():
     decode["activity"]["received"] = {"shm": to_builtins(Transferred())}
     names = ("ttft", "itl", "tpot", "jct", "stage_decode", "queue_predicted", "prompt_tokens", "output_tokens")
     counts = {name: {} for name in ("requests_ended", "requests_refused", "retries", "role_changes", "tokens")}
+    counts["slo_requests"] = {}
     status = {**STATUS, "instances": [prefill, decode], "requests": {}, "monitor": {"number": 1, "age_s": 0.0}}
     return {"status": status, "measures": {"counts": counts, "histograms": dict.fromkeys(names, empty)}}
 
@@ -74,6 +75,7 @@ P, D = "status/instances/0", "status/instances/1"
 MOVES = [
     ("tetri_requests_ended_total", "measures/counts/requests_ended/stop", 3, {"reason": "stop"}, 3),
     ("tetri_requests_refused_total", "measures/counts/requests_refused/full", 2, {"reason": "full"}, 2),
+    ("tetri_slo_requests_total", "measures/counts/slo_requests/ttft", 2, {"result": "ttft"}, 2),
     ("tetri_requests_open", "status/requests/queued", 4, {"stage": "queued"}, 4),
     ("tetri_retries_total", "measures/counts/retries/kv_lost", 1, {"reason": "kv_lost"}, 1),
     (

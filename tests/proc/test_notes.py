@@ -13,7 +13,16 @@ from live import EMULATED
 from tetri.config import load
 from tetri.net.hub import Hub
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import NO_ACCESS_CONTROL, NO_COST, completed, of_config, of_tokenizer, with_refused
+from tetri.proc.notes import (
+    NO_ACCESS_CONTROL,
+    NO_COST,
+    NOT_MEASURED,
+    completed,
+    of_config,
+    of_costs,
+    of_tokenizer,
+    with_refused,
+)
 from tetri.proc.texts import Texts
 from tetri.text import ByteTokenizer
 from tetri.wire.clients import Status
@@ -26,6 +35,14 @@ def test_step_times_that_nobody_measured_are_a_note_and_a_line_in_the_log(caplog
     assert of_config(load(EMULATED, ["engine.cost="]), LOG) == [NO_COST] and caplog.messages == [NO_COST]
     caplog.clear()
     assert of_config(load(EMULATED, ["engine.cost=cpu-smollm2.toml"]), LOG) == [] and caplog.messages == []
+    assert of_config(load(EMULATED), LOG) == [NO_COST], "emulated steps are not measured"
+    assert of_config(load(EMULATED, ["engine.kind=vllm"]), LOG) == []
+
+
+def test_until_a_worker_has_told_its_step_times_there_is_a_note() -> None:
+    measured = load(EMULATED, ["engine.kind=vllm"])
+    assert of_costs(measured, known=False) == [NOT_MEASURED] and of_costs(measured, known=True) == []
+    assert of_costs(load(EMULATED), known=False) == []
 
 
 def test_a_chat_template_that_cannot_be_used_is_a_note_and_a_line_in_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -156,3 +156,20 @@ def test_an_engine_that_does_not_do_as_told_is_an_error(monkeypatch, wrong, says
     monkeypatch.setattr(engine, "step", lambda most=1: (done := step(most)).changed(**wrong(done)))
     with pytest.raises(ProfileError, match=says):
         measure(engine, [Scene((), (10, 10, 10))], 1, engine.clock, Random(1))
+    assert not engine.paged.slots, "nothing is left in the engine"
+
+
+def test_it_ends_before_the_scene_for_which_there_is_no_time():
+    watch = Stopwatch()
+    wanted = [Scene((size,)) for size in (10, 20, 30)]
+    asked = []
+
+    def enough(complete):
+        asked.append(complete)
+        return len(asked) == 6
+
+    points = measure(emulated(watch), wanted, 4, watch.clock, Random(1), enough=enough)
+    assert sorted(point.times for point in points) == [1, 2, 2] and asked == [False] * 3 + [True] * 3
+    with pytest.raises(ProfileError, match="enough for 2 of 3 scenes only"):
+        left = iter([False, False, True])
+        measure(emulated(watch), wanted, 4, watch.clock, Random(1), enough=lambda complete: next(left))

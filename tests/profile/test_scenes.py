@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tetri.instance import Capacity
-from tetri.profile.scenes import MARGIN, Scene, batches, scenes, sizes
+from tetri.profile.scenes import DEEP, MARGIN, Scene, batches, brief, scenes, sizes
 from tetri.request import blocks_for
 
 CPU = Capacity(blocks=363, block_tokens=128, chunk_tokens=2048, max_batch=32, context=8192)
@@ -41,6 +41,13 @@ def test_every_kind_of_step_is_there_and_seen_by_the_fit_as_it_should(quick):
     assert any(len(set(scene.contexts)) > 1 for scene in held), "contexts of unequal length"
     alone = {scene.prompts[0] for scene in held if len(scene.prompts) == 1 and not scene.contexts}
     assert alone and alone.isdisjoint(scene.prompts[0] for scene in fitted if scene.prompts)
+
+
+def test_a_brief_measurement_has_all_that_a_quick_fit_needs():
+    made = brief(CPU)
+    assert not any(scene.held_out for scene in made) and Scene((), (DEEP,)) in made
+    assert {len(scene.contexts) for scene in made if scene.contexts} == {*batches(CPU, quick=True)}
+    assert {*sizes(2048, quick=True)} < {sum(scene.prompts) for scene in made}
 
 
 @pytest.mark.parametrize("quick", [False, True])

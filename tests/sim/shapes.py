@@ -153,7 +153,7 @@ def some_shape(seed: int) -> Shape:
         kv_paths=rng.choice((HOME, FAR, FAR)),
         cost=cost(rng.choice((0.002, 0.004, 0.008))),
     )
-    shape = Shape(setup, rng.choice((3, 6, 10)))
+    shape = Shape(_doing_both(seed, setup), rng.choice((3, 6, 10)))
     rng = Random(f"lengths {seed}")
     if rng.random() < 0.5:
         return shape
@@ -172,14 +172,28 @@ def tight_shape(seed: int) -> Shape:
     prefill, decode, mixed = rng.choice(roles)
     slots = chunk + rng.choice((0, 0, 1, 2, chunk, 3 * chunk))
     requests, spare = rng.choice((6, 12, 24)), rng.choice((0, 0, 1, 2, 4))
+    auto = rng.randint(0, mixed)
     return replace(shape, requests=requests).but(
         prefill=prefill,
         decode=decode,
-        mixed=mixed,
+        mixed=mixed - auto,
+        auto=auto,
         kv_tokens=(whole + spare) * setup.block_tokens,
         slots=max(slots, chunk + whole) if mixed and decode + mixed == 1 else slots,
         flip="none",
     )
+
+
+def _doing_both(seed: int, setup: Setup) -> Setup:
+    """Some of the instances that do both are in the role auto, and some deployments have no others."""
+    rng = Random(f"both {seed}")
+    if rng.random() < 0.8:
+        auto = rng.randint(0, setup.mixed)
+        return replace(setup, mixed=setup.mixed - auto, auto=auto)
+    mixed, auto = rng.choice(((0, 1), (0, 1), (1, 0), (1, 1), (0, 2), (0, 3)))
+    alone = _blocks_of_a_chunk(setup.chunk_tokens, setup.block_tokens) - (-setup.context // setup.block_tokens)
+    slots = max(setup.slots, alone) if mixed + auto == 1 else setup.slots
+    return replace(setup, prefill=0, decode=0, mixed=mixed, auto=auto, slots=slots)
 
 
 def _blocks_of_a_chunk(chunk_tokens: int, block_tokens: int) -> int:

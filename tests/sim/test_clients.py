@@ -3,7 +3,7 @@
 import pytest
 from msgspec import structs
 
-from tetri.request import Receipt, Usage
+from tetri.request import Receipt, Slo, Usage
 from tetri.sim.clients import Clients
 from tetri.sim.kernel import Kernel
 from tetri.sim.setup import SimError
@@ -21,10 +21,14 @@ def asking(*arrivals, submit=lambda submitted: None):
     return clients, told
 
 
+SLO = Slo(ttft_s=1.0, tpot_s=0.25)
+
+
 def done(prompt, output, reason="length", error=None):
     receipt = Receipt(prompt_tokens=prompt, prefill_instance="p0", decode_instance="d0", attempts=2)
     usage = Usage(prompt_tokens=prompt, completion_tokens=output)
-    return Done(rid="r", reason=reason, usage=usage, timeline={}, ttft_s=1.0, jct_s=3.0, receipt=receipt, error=error)
+    made = {"reason": reason, "error": error, "usage": usage, "receipt": receipt, "slo": SLO}
+    return Done(rid="r", timeline={}, ttft_s=1.0, jct_s=3.0, **made)
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,7 @@ def test_answers_are_noted_and_counted():
     found = clients.outcomes[1]
     assert (found.ttft_s, found.jct_s, found.tpot_s) == (1.0, 3.0, 0.5)
     assert (found.prefill, found.decode, found.attempts) == ("p0", "d0", 2)
+    assert [each.slo_result for each in clients.outcomes] == ["failed", "tpot", "failed"] and found.slo == SLO
 
 
 def test_of_a_request_with_several_choices_the_last_end_counts_and_one_failure_is_enough():

@@ -6,13 +6,17 @@ import pytest
 
 from tests.sim.script import COST, Script
 from tetri.core.actions import AddRequest, AdmitRequest, LengthKnown, Predict, Step
+from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.worker import load_report
+from tetri.core.worker.load_report import StepTimes
 from tetri.cost import Cost
 from tetri.engine_request import EngineRequest, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import LengthRange, Sampling
+from tetri.sim import instance
 from tetri.sim.instance import PlainWorker, SimulatedPredictor, Use
 from tetri.sim.links import Port, Wiring
+from tetri.sim.scripted import Scripted
 from tetri.sim.setup import Setup
 from tetri.sim.traces import TokenCounts, drawn
 from tetri.sim.world import World
@@ -151,3 +155,31 @@ def test_a_simulated_step_takes_what_the_cost_table_predicts(monkeypatch):
     for found in ratios.values():
         known = [ratio for ratio in found if ratio is not None]
         assert len(known) > 100 and max(abs(ratio - 1.0) for ratio in known) < 1e-6
+
+
+def test_after_a_hundred_requests_steps_take_what_is_predicted_although_the_table_is_of_another_machine(monkeypatch):
+    """Prefill takes twice as long as it says, decode one and a half times. In between, the table is off by that."""
+    table = Cost(((1.0, 0.02), (512.0, 0.2)), ((1.0, 0.02), (16.0, 0.03)), 1e-7, 1e-6, kv_token_bytes=1000)
+    slower = Cost(((1.0, 0.04), (512.0, 0.4)), ((1.0, 0.03), (16.0, 0.045)), 2e-7, 1.5e-6)
+    errors, compared = [], StepTimes.step_done
+
+    def noted(times, done, seconds):
+        sizes = [times.batch.running[each.key].size for each in done.tokens if each.key in times.batch.running]
+        batch, context, cost = len(sizes), sum(sizes), times.cost
+        run_s = cost.decode_run_s(batch, context, done.steps)
+        predicted = cost.step_s(done.spans, batch, context) if done.spans else run_s
+        if predicted:
+            errors.append((len(arrived), abs(predicted / seconds - 1)))
+        compared(times, done, seconds)
+
+    arrived, assign = [], PrefillScheduler.assign
+    monkeypatch.setattr(StepTimes, "step_done", noted)
+    monkeypatch.setattr(PrefillScheduler, "assign", lambda self, *told: (arrived.append(told), assign(self, *told))[1])
+    monkeypatch.setattr(
+        instance, "Scripted", lambda capacity, _, *more, **ways: Scripted(capacity, slower, *more, **ways)
+    )
+    arrivals = drawn(150, TokenCounts.parsed("50-400"), TokenCounts.parsed("5-60"), seed=1, rate=5)
+    World(Setup(table, mixed=2, heartbeat_s=0.2, kv_tokens=50000, chunk_tokens=512, max_batch=16), arrivals).run()
+    begin = [error for count, error in errors if count < 3]
+    then = [error for count, error in errors if count > 100]
+    assert min(begin) > 0.3 and len(then) > 200 and max(then) < 0.05

@@ -55,8 +55,8 @@ class Deadly(FaultyWorld):
         node = super()._worker(iid, role)
         plan = node.engine.plan
 
-        def deadly(most=1):
-            planned = plan(most)
+        def deadly(most=1, chunk=None):
+            planned = plan(most, chunk)
             if self._kills(node.engine, planned):
                 self.kernel.at(self.kernel.now + 0.0005, self._die, node)
             return planned

@@ -1,5 +1,6 @@
 """What a simulation tells, against sums made by hand."""
 
+from tetri.request import Slo
 from tetri.sim.clients import Outcome
 from tetri.sim.instance import Use
 from tetri.sim.report import SimResult, summary, table
@@ -8,8 +9,8 @@ from tetri.sim.traces import Arrival
 
 def result(**changes):
     outcomes = [
-        Outcome(Arrival(1.0, 10, 5), "done", ttft_s=1.0, jct_s=3.0, tpot_s=0.5),
-        Outcome(Arrival(1.0, 10, 1), "done", ttft_s=2.0, jct_s=2.0, preempted=3),
+        Outcome(Arrival(1.0, 10, 5), "done", ttft_s=1.0, jct_s=3.0, tpot_s=0.5, slo=Slo(ttft_s=1.5, tpot_s=0.5)),
+        Outcome(Arrival(1.0, 10, 1), "done", ttft_s=2.0, jct_s=2.0, preempted=3, slo=Slo(ttft_s=1.5)),
         Outcome(Arrival(2.0, 10, 9), "failed", why="d0 was lost"),
         Outcome(Arrival(2.0, 99, 9), "refused", why="too long"),
     ]
@@ -26,6 +27,23 @@ def test_only_what_is_done_counts_for_metrics_and_rates():
     assert {name: made[name] for name in right} == right and "faults" not in made
     (instance,) = made["instances"]
     assert (instance["busy"], instance["steps"], instance["roles"]) == (0.75, 7, [[0.0, "mixed"]])
+
+
+def test_attainment_is_the_share_of_all_requests_that_keep_both_limits():
+    slo = summary(result())["slo"]
+    assert slo == {
+        **{"ttft_s": 1.5, "tpot_s": 0.5, "attainment": 0.25, "goodput_per_s": 0.25},
+        "results": {"met": 1, "ttft": 1, "tpot": 0, "both": 0, "failed": 2},
+    }
+    says = "ttft 1.5, tpot 0.5 (medians): 25.0% kept, goodput 0.25 requests/s; missed: 1 ttft, 2 failed"
+    assert f"limits    {says}" in table(summary(result())).splitlines()
+
+
+def test_requests_without_limits_keep_them():
+    made = result()
+    made.outcomes = [Outcome(Arrival(1.0, 10, 5), "done", ttft_s=1e9, jct_s=1e9, tpot_s=1e9)]
+    slo = summary(made)["slo"]
+    assert (slo["ttft_s"], slo["tpot_s"], slo["attainment"]) == (None, None, 1.0)
 
 
 def test_the_table_says_the_same_in_lines():

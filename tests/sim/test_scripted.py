@@ -85,6 +85,23 @@ def test_a_recorded_state_is_reported_after_the_pass_that_computes_it(phase, tex
     assert not any(estimates for *_, estimates in run(phase, text, most, outputs, estimates_lengths=False))
 
 
+@pytest.mark.parametrize("outputs, right", [(0, [("x", 0), ("d", 64), ("d", 128)]), (64, [("x", 64), ("d", 128)])])
+def test_a_request_that_stays_has_one_text_and_the_states_of_one_that_moves(outputs, right):
+    engine, known, reported = started("prefill", "stops", outputs), outputs, []
+    engine.stay("x", "d")
+    while engine.slots:
+        plan = engine.plan()
+        done = engine.run(plan, plan.steps)
+        known += len(done.tokens)
+        reported += [(one.key, one.outputs) for one in done.estimates]
+        if "x" in {sampled.key for sampled in done.tokens}:
+            engine.admit("d", 1)
+    assert (known, done.tokens[0].reason, reported) == (200, "stop", right)
+    engine = started("prefill", "one token")
+    engine.stay("x", "d")
+    assert engine.run(engine.plan(), 1).tokens[0].reason == "stop" and not engine.slots
+
+
 def test_a_prompt_whose_first_token_is_its_last_ends_with_it():
     assert [reason for _, _, reason, _ in run("prefill", "one token")] == ["stop"]
 

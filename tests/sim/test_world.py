@@ -44,6 +44,8 @@ def test_a_request_of_one_token_never_sees_a_decode_instance():
 FOUR_S = 4 * STEP_S
 BLOCK_S = 16_000 / 1e7  # of KV on a slow link
 SLOW = {"link_bytes_s": 1e7}
+HOME = {"prefill": 0, "decode": 0, "mixed": 1, "link_bytes_s": 1.0}
+AUTO = HOME | {"mixed": 0, "auto": 1}
 TWO = SLOW | {"chunk_tokens": 200, "max_batch": 10}  # chunks: the first 200 of the 300 tokens fill 12 blocks
 
 
@@ -60,7 +62,12 @@ def predicted(predictor_s, slowdown=1.0, **rules):
         (TWO, 2 * CHUNK_S, (BLOCKS - 12) * BLOCK_S + FOUR_S),  # only the last chunk's KV is waited for
         (TWO | {"transfer": "request"}, 2 * CHUNK_S, BLOCKS * BLOCK_S + FOUR_S),
         # no KV is moved, and nobody is told of it
-        ({"prefill": 0, "decode": 0, "mixed": 1, "link_bytes_s": 1.0}, CHUNK_S, FOUR_S - L),
+        (HOME, CHUNK_S, FOUR_S - L),
+        (AUTO, CHUNK_S, FOUR_S - L),
+        (HOME | {"chunk_tokens": 200, "max_batch": 10}, 2 * CHUNK_S, FOUR_S - L),
+        (HOME | {"kv_tokens": 512, "slots": 33}, CHUNK_S, FOUR_S - L),  # memory and slots for one prompt, not for two
+        (HOME | predicted(CHUNK_S / 2, 1.0), CHUNK_S, FOUR_S - L),  # placed after its prefill: copied, in no time
+        (HOME | predicted(CHUNK_S / 2, 1.0) | {"chunk_tokens": 200, "max_batch": 10}, 2 * CHUNK_S, FOUR_S - L),
         # The predictor runs for half of CHUNK_S, in which the main model does the work of a quarter.
         (predicted(CHUNK_S / 2, 2.0), CHUNK_S * 1.25, FOUR_S),
         # A prompt is on offer at its end at the latest; its KV leaves with the Offer.
@@ -72,7 +79,7 @@ def predicted(predictor_s, slowdown=1.0, **rules):
 )
 def test_the_times_of_one_request(changes, prefill, after):
     result = World(replace(SETUP, **changes), [ONE]).run()
-    made, moved = result.outcomes[0], 0 if changes.get("mixed") else BLOCKS * 16_000
+    made, moved = result.outcomes[0], BLOCKS * 16_000 if changes.get("prefill", 1) else 0
     assert result.counters["moved_bytes"] == moved
     assert (made.ttft_s, made.jct_s) == (pytest.approx(2 * L + prefill), pytest.approx(3 * L + prefill + after))
 
@@ -106,6 +113,18 @@ def test_two_requests_share_the_batch():
     shared_until = 2 * L + 0.09 + 5 * STEP_S + 4 * TWO_S
     assert first.jct_s == pytest.approx(shared_until + L)
     assert second.jct_s == pytest.approx(shared_until + 5 * STEP_S + L)
+
+
+def test_two_requests_share_an_instance_that_does_both():
+    """The first decodes beside the chunk of the second, then both together, and the second's last pass is alone. No
+    step waits for KV, and none of it moves."""
+    setup = replace(SETUP, chunk_tokens=300, max_batch=10, **HOME)
+    result = World(setup, [Arrival(0.0, 300, 3), Arrival(0.0, 299, 3)]).run()
+    first, second = result.outcomes
+    assert first.ttft_s == pytest.approx(2 * L + CHUNK_S) and second.ttft_s == pytest.approx(2 * L + 2 * CHUNK_S)
+    assert first.jct_s == pytest.approx(2 * L + 2 * CHUNK_S + TWO_S)
+    assert second.jct_s == pytest.approx(2 * L + 2 * CHUNK_S + TWO_S + STEP_S)
+    assert result.counters["moved_bytes"] == 0
 
 
 # ---------------------------------------------------------------- many requests
@@ -186,3 +205,8 @@ def test_another_order_in_the_policy_table_is_another_order_in_the_simulator(mon
     assert ttft("fcfs")[0] < ttft("fcfs")[1] and ttft("sjf")[0] > ttft("sjf")[1]
     monkeypatch.setitem(ORDERS, "sjf", ORDERS["fcfs"])
     assert ttft("sjf") == ttft("fcfs")
+
+
+def test_a_run_that_is_stopped_leaves_requests_open():
+    world = World(SETUP, [ONE, replace(ONE, at_s=0.1), replace(ONE, at_s=9.0)], lambda answered: world.stop())
+    assert [each.state for each in world.run().outcomes] == ["done", "open"]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tetri.request import Receipt, Stage, Usage
+from tetri.request import Receipt, Slo, Stage, Usage
 from tetri.wire.clients import Done
 from tetri.wire.observation import StageSpan, StepSpan, TraceEvent
 from tetri.wire.packed_timelines import Facts, Moved, pack, pack_step, timeline, unpacked
@@ -17,6 +17,8 @@ DONE = Done(
     receipt=Receipt(prompt_tokens=8, attempts=2),
     error="oh no",
     choice=1,
+    slo=Slo(ttft_s=1.0),
+    slo_result="failed",
 )
 MOVES = [
     (0.25, Stage.QUEUED, "", 1),
@@ -34,7 +36,7 @@ STEPS = [pack_step(StepSpan(ARRIVAL + 2.5 + at, 0.25, "d1", 1, 7, 16, 1)) for at
 def facts(moves=MOVES, done=DONE, events=()):
     moved = [Moved(9, ARRIVAL + at, "r1.1", stage, iid, attempt, 0) for at, stage, iid, attempt in moves]
     asked = ("r1", 1, 2, ARRIVAL, ARRIVAL + 1.5, 0.5, 8, 5, moves[-1][3], moves[-1][1], done)
-    return Facts(*asked, moved, list(events), 3)
+    return Facts(*asked, moved, list(events), 3, Slo(ttft_s=1.0))
 
 
 def test_the_stages_follow_each_other_from_the_arrival_to_the_end():
@@ -49,12 +51,14 @@ def test_the_stages_follow_each_other_from_the_arrival_to_the_end():
     assert (found.reason, found.error, found.jct_s, found.ttft_s, found.age_s) == ("error", "oh no", 4.0, 1.5, 9.0)
     assert (found.rid, found.choice, found.choices, found.attempts, found.stage) == ("r1", 1, 2, 2, Stage.FAILED)
     assert (found.prompt_tokens, found.outputs, found.receipt, found.left_out) == (8, 5, DONE.receipt, 3)
+    assert (found.slo, found.slo_result) == (Slo(ttft_s=1.0), "failed")
 
 
 def test_the_last_stage_of_an_open_choice_lasts_until_now():
     found = timeline(facts(MOVES[:-1], done=None), [], 0, ARRIVAL + 3)
     assert found.stages[-1] == StageSpan(Stage.DECODE, 2, "d1", 2.5, 0.5)
     assert (found.reason, found.jct_s, found.receipt, found.stage) == (None, None, None, Stage.DECODE)
+    assert (found.slo, found.slo_result) == (Slo(ttft_s=1.0), "")
 
 
 def test_events_are_on_one_clock_in_the_order_in_which_they_began():

@@ -75,7 +75,7 @@ REQUESTS = [
           {"{{reason}}": "sum by (reason) (rate(tetri_requests_ended_total{}[]))"}, stacked=True),
     Panel("Open, by stage", NUMBER, "Where open choices are: queued → prefill → moving → waiting → decode.",
           {"{{stage}}": "sum by (stage) (tetri_requests_open{})"}, stacked=True),
-    Panel("Tokens", TOKENS_PER_S, "Of ended choices. Adopted: KV that came as bytes; recomputed: computed again.",
+    Panel("Tokens", TOKENS_PER_S, "Of ended choices. Local: KV stayed; adopted: it came as bytes; recomputed: again.",
           {"{{kind}}": "sum by (kind) (rate(tetri_tokens_total{}[]))"}),
     Panel("Refused", PER_S, "full: add instances. Others: mistakes of clients.",
           {"{{reason}}": "sum by (reason) (rate(tetri_requests_refused_total{}[]))"}, stacked=True),
@@ -94,6 +94,13 @@ LATENCY = [
     Panel("Queue, predicted and real", SECONDS, "Means. Far apart: the cost table does not fit this machine.",
           {"predicted": mean("tetri_queue_predicted_seconds"),
            "real": mean("tetri_stage_seconds", labels='{,stage="queued"}')}),
+    Panel("Attainment", SHARE, "Requests that keep their limits of TTFT and TPOT: their own, else those of [slo].",
+          {"kept": 'sum (rate(tetri_slo_requests_total{,result="met"}[])) / sum (rate(tetri_slo_requests_total{}[]))'}),
+    Panel("Goodput", PER_S, "Requests that keep their limits, each second, beside all that count.",
+          {"kept": 'sum (rate(tetri_slo_requests_total{,result="met"}[]))',
+           "all": "sum (rate(tetri_slo_requests_total{}[]))"}),
+    Panel("Missed limits", PER_S, "ttft: more prefill. tpot: more decode. both: more of all. failed: see Ended.",
+          {"{{result}}": 'sum by (result) (rate(tetri_slo_requests_total{,result!="met"}[]))'}, stacked=True),
 ]  # fmt: skip
 INSTANCES = [
     Panel("Prefill queue", SECONDS, "Predicted prefill work in the queue of each instance.",

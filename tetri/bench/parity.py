@@ -26,6 +26,7 @@ from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_
 from tetri.bench.report import Program, Progress, as_json, give, one_line, overrides, progress, table
 from tetri.client import AsyncClient
 from tetri.config import Config
+from tetri.cost import Cost
 from tetri.metrics import summarise
 from tetri.proc import build
 from tetri.sim.setup import Setup
@@ -49,7 +50,7 @@ def setup_of(config: Config, seed: int) -> Setup:
     roles = [worker.role for worker in config.workers]
     link = build.link(config)
     return Setup(
-        cost=replace(build.predicted(config), kv_token_bytes=0 if link is None else config.emulated.token_bytes),
+        cost=replace(build.table(config) or Cost(), kv_token_bytes=0 if link is None else config.emulated.token_bytes),
         link_bytes_s=inf if link is None else link.bytes_s,
         prefill=roles.count("prefill"),
         decode=roles.count("decode"),

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 LAST = 20  # requests that are listed
 _CHOICE = re.compile(r"(.+)\.(\d{1,4})", re.ASCII)  # see tetri.request.choice_id
 _FAILED = ("error", "deadline")
-_TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "attempts", "prompt", "output", "instances")
+_TITLES = ("request", "ended", "reason", "TTFT", "TPOT", "JCT", "limits", "attempts", "prompt", "output", "instances")
 _EXAMPLES = examples(
     "tetri-cli explain   # lists the last requests",
     "tetri-cli explain 5f2c9a1e03b7d8460c1d2e3f4a5b6c7d",
@@ -146,7 +146,8 @@ def _rows(ended: list[Ended]) -> Iterator[list[str]]:
         times = (seconds(value) for value in (each.ttft_s, each.tpot_s, each.jct_s))
         counts = (str(value) for value in (each.attempts, each.prompt_tokens, each.outputs))
         where = f"{each.prefill or NOTHING} > {each.decode or NOTHING}"
-        yield [each.rid, f"{ago(each.age_s)} ago", each.reason, *times, *counts, where]
+        kept = each.slo_result or NOTHING
+        yield [each.rid, f"{ago(each.age_s)} ago", each.reason, *times, kept, *counts, where]
 
 
 def _console() -> Console:

@@ -21,14 +21,16 @@ from tetri.paths import OUT_FILE
 if TYPE_CHECKING:
     from tetri.config import Config
     from tetri.cost import Cost
-    from tetri.engine.base import Engine
     from tetri.profile.fit import Fit
     from tetri.profile.measure import MeasuredPoint
 
 BUSY_SHARE = 0.97  # share of the core's time; below, other processes disturb the measurement
+MEANING = "docs/cost.md says what each key means."
 _EXAMPLES = examples(
     "tetri-cli profile --out my-machine.toml",
     "tetri-cli profile --quick --json",
+    "tetri-cli profile --keep",
+    "tetri-cli profile --kept",
 )
 
 
@@ -40,6 +42,10 @@ _EXAMPLES = examples(
 @click.option("--rounds", type=COUNT, metavar="N", help="Measurements per point (default: 5; --quick: 3).")
 @click.option("--cpus", help='CPUs to run on, such as "0" or "0-1" (default: those of the first worker).')
 @click.option("--cpu-time", is_flag=True, help="Measure this process's CPU time: for one core that others use as well.")
+@click.option(
+    "--keep", is_flag=True, help="Keep the table for workers with engine.cost = auto: from their next start on."
+)
+@click.option("--kept", is_flag=True, help="Measure nothing; list the tables that are kept, the newest first.")
 def command(
     conf: Path | None,
     overrides: Overrides,
@@ -49,36 +55,60 @@ def command(
     rounds: int | None,
     cpus: str | None,
     cpu_time: bool,
+    keep: bool,
+    kept: bool,
 ) -> None:
     """Measure the engine of the configuration, in this process, and fit a cost table: seconds of a prefill by size and
     start of the chunk, seconds of a decode step by batch size and contexts, and a proposed chunk size."""
-    from tetri.cost import CostError, dump
+    from tetri.cost import CostError
     from tetri.engine.base import EngineError
+    from tetri.models import ModelError
     from tetri.profile.fit import fit
     from tetri.profile.measure import ProfileError
 
+    if kept:
+        _list_kept(as_json)
+        return
     config = _config(conf, overrides, cpus)
     rounds = rounds or (3 if quick else 5)
     try:
         measured = _measured(config, quick, rounds, cpu_time)
         made = fit(measured.points)
-    except (EngineError, CostError, ProfileError) as error:
+    except (EngineError, CostError, ProfileError, ModelError) as error:
         raise click.ClickException(str(error)) from None
-    table = dataclasses.replace(
-        made.cost,
-        kv_token_bytes=measured.kv_token_bytes,
-        kv_tokens=measured.kv_tokens,
-        source=f"{measured.of}, {time.strftime('%Y-%m-%d')}, {rounds} rounds{', CPU time' if cpu_time else ''}",
-    )
-    made_by = f"Made by: {_command(click.get_current_context().params)}"
-    head = [made_by, *_summary(made, measured), "docs/cost.md says what each key means."]
+    source = f"{measured.of}, {time.strftime('%Y-%m-%d')}, {rounds} rounds{', CPU time' if cpu_time else ''}"
+    table = dataclasses.replace(made.cost, **measured.kv, source=source)
+    head = [_command(click.get_current_context().params), *_summary(made, measured), MEANING]
     if as_json:
         terminal.print_json(_as_json(table, made, measured))
     else:
         click.echo("\n".join(_shown(table, made, measured)))
+    _write(table, head, out, measured.path if keep else None)
+
+
+def _write(table: Cost, head: list[str], out: Path | None, keep: Path | None) -> None:
+    """Write the table to a file, and to one of the cache."""
+    from tetri.cost import dump
+    from tetri.proc import measured_cost
+
     if out:
         atomic.write_text(out, dump(table, head))
         terminal.tell(f"written to {out}")
+    if keep:
+        measured_cost.keep(table, keep, head)
+        terminal.tell(f"kept as {keep}")
+
+
+def _list_kept(as_json: bool) -> None:
+    """Show the file and the origin of each table in the cache."""
+    from tetri.cost import load
+    from tetri.proc import measured_cost
+
+    tables = {str(path): load(path) for path in measured_cost.kept()}
+    if as_json:
+        terminal.print_json({path: dataclasses.asdict(table) for path, table in tables.items()})
+    else:
+        click.echo("\n".join(f"{path}  {table.source}" for path, table in tables.items()) or "no table is kept")
 
 
 def _config(conf: Path | None, overrides: Overrides, cpus: str | None) -> Config:
@@ -89,7 +119,7 @@ def _config(conf: Path | None, overrides: Overrides, cpus: str | None) -> Config
     config = load(conf, overrides)
     if cpus is not None:
         config = load(conf, [*overrides, f"worker.{config.workers[0].iid}.cpus={cpus}"])
-    if config.engine.kind == "emulated" and not config.engine.cost:
+    if config.engine.kind == "emulated" and not config.engine.table:
         raise click.UsageError("an emulated engine without engine.cost takes no time: give it a cost table")
     return config
 
@@ -99,20 +129,22 @@ class MeasuredEngine:
     """The measurements and what they were made on.
 
     of          engine, model and cores, in words
+    kv          the keys of a table that describe its KV
+    path        where the cache keeps its table
     core_share  share of the wall time that the core spent on this process; None unless it was one core and vLLM
     """
 
     points: list[MeasuredPoint]
     of: str
-    kv_token_bytes: int
-    kv_tokens: int
+    kv: dict[str, Any]
+    path: Path
     wall_s: float
     core_share: float | None
 
 
 def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> MeasuredEngine:
     from tetri.control_groups import threads
-    from tetri.proc import build
+    from tetri.proc import build, measured_cost
     from tetri.proc.cpus import few_threads, pin
     from tetri.profile.measure import measure
     from tetri.profile.scenes import scenes
@@ -136,36 +168,18 @@ def _measured(config: Config, quick: bool, rounds: int, cpu_time: bool) -> Measu
         points = measure(engine, wanted, rounds, clock, Random(0), progress)
         wall_s, work_s = time.perf_counter() - begin, time.process_time() - work
         share = work_s / wall_s if cores == 1 and config.engine.kind == "vllm" and not cpu_time else None
-        block_bytes, block_tokens = engine.fingerprint.block_bytes, engine.capacity.block_tokens
-        of, kv_tokens = _described(engine, config, cores), engine.capacity.blocks * block_tokens
-        return MeasuredEngine(points, of, block_bytes // block_tokens, kv_tokens, wall_s, share)
-
-
-def _described(engine: Engine, config: Config, cores: int) -> str:
-    mark = engine.fingerprint
-    real = mark.engine == "vllm"
-    model = Path(config.model.name).name if real else mark.model
-    count = "1 core" if cores == 1 else f"{cores} cores"
-    return f"{'vLLM' if real else mark.engine} {mark.version}, {model} {mark.dtype}, {count} of {_cpu()} ({mark.isa})"
-
-
-def _cpu() -> str:
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return "an unknown CPU"
+        of, kept_as = measured_cost.described(engine, config), measured_cost.path_of(engine, config)
+        return MeasuredEngine(points, of, measured_cost.kv_of(engine), kept_as, wall_s, share)
 
 
 def _command(given: Mapping[str, Any]) -> str:
-    """The command line that repeats this measurement."""
+    """A line with the command that repeats this measurement."""
     arguments = ["tetri-cli", "profile"]
     arguments += [argument for override in given["overrides"] for argument in ("--set", override)]
-    arguments += [f"--{flag.replace('_', '-')}" for flag in ("quick", "cpu_time") if given[flag]]
+    arguments += [f"--{flag.replace('_', '-')}" for flag in ("quick", "cpu_time", "keep") if given[flag]]
     for name in ("conf", "rounds", "cpus", "out"):
         arguments += [] if given[name] is None else [f"--{name}", str(given[name])]
-    return shlex.join(arguments)
+    return f"Made by: {shlex.join(arguments)}"
 
 
 @contextlib.contextmanager

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 
 from tetri.cli import columns as shown
 from tetri.cli.columns import Column, cells
-from tetri.cli.rates import Span, Window
 from tetri.cli.status import monitor
-from tetri.cli.units import NOTHING, ago, bar, count, number, seconds
+from tetri.cli.units import NOTHING, ago, bar, count, limits, number, seconds
+from tetri.metrics import Bucketed, attainment
+from tetri.rates import Span, Window
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, Stage
 from tetri.terminal import harmless
 from tetri.wire.clients import InstanceStatus, Observation
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 WINDOW_S = 10.0  # of the latencies and rates
 EVENTS = 6  # the last ones that are shown
 WIDE = 160  # columns from which the banks stand side by side
-_HEADINGS = 9  # lines besides rows of instances, events and notes
+_HEADINGS = 11  # lines besides rows of instances, events and notes
 _ROLE = Column("role", lambda i, a: i.role if i.state == "ready" else i.state, False)
 PREFILL = (
     *(shown.INSTANCE, _ROLE, shown.QUEUED, shown.QUEUE_TIME, shown.FILL, shown.KV_USED, shown.BUSY),
@@ -95,13 +96,23 @@ def _summary(observation: Observation, span: Span) -> list[Text]:
         f"monitor   {monitor(status.monitor)}",
         f"requests  {requests}",
         f"{lasting:<10}{_latency('TTFT', span.ttft)}   {_latency('TPOT', span.tpot)}",
+        f"limits    {limits(status.slo)}   {_kept(span)}",
         f"queue     predicted {seconds(predicted)}   real {seconds(real)}{rates}",
     ]
     return [Text(line, no_wrap=True, overflow="crop") for line in lines]
 
 
-def _latency(name: str, found: tuple[float, float] | None) -> str:
-    return f"{name} p50 {seconds(found[0])} p99 {seconds(found[1])}" if found else f"{name} {NOTHING}"
+def _kept(span: Span) -> str:
+    kept = attainment(span.slo_requests)
+    goodput = "" if span.goodput is None else f"   goodput {number(span.goodput)} requests/s"
+    return f"kept {NOTHING if kept is None else f'{kept:.0%}'}{goodput}"
+
+
+def _latency(name: str, found: Bucketed | None) -> str:
+    if found is None:
+        return f"{name} {NOTHING}"
+    half, most = found.percentiles()
+    return f"{name} p50 {seconds(half)} p99 {seconds(most)}"
 
 
 def _event(age_s: float, event: ClusterEvent) -> Text:

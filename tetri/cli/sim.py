@@ -21,6 +21,7 @@ from tetri.paths import FILE, OUT_PLOT
 LINKS = {"roce": 25e9, "nvlink": 300e9}  # bytes/s: 200 Gb/s and 300 GB/s (paper, section 4.1)
 _EXAMPLES = examples(
     "tetri-cli sim run --requests 500 --rate 3 --prefill 2 --decode 2 --cost v100-opt13b",
+    "tetri-cli sim run --requests 500 --rate 3 --prefill 2 --decode 2 --ttft 2 --tpot 0.1   # how many keep both",
     "tetri-cli sim run --requests 200 --rate 2 --faults drop=0.01,kill=0.01 --json",
 )
 SYSTEMS = ("tetri", "coupled16", "coupled")
@@ -43,10 +44,13 @@ OPTIONS: tuple[tuple[str, Any, str], ...] = (
     ("--prompt-tokens", "512", "Prompt lengths: N, LOW-HIGH or lognormal:MEDIAN:SIGMA."),
     ("--output-tokens", "128", "Output lengths, as --prompt-tokens."),
     ("--deadline", click.FLOAT, "Deadline of every request, in seconds."),
+    ("--ttft", click.FLOAT, "Limit to the first token, in seconds (default: as a broker finds it)."),
+    ("--tpot", click.FLOAT, "Limit of the mean time between two tokens, in seconds (default: likewise)."),
     ("--system", SYSTEMS, "coupled16, coupled: every instance runs both phases of its requests."),
     ("--prefill", 1, "Prefill instances."),
     ("--decode", 1, "Decode instances."),
     ("--mixed", 0, "Instances that do both."),
+    ("--auto", 0, "Instances that do both, as far apart as the traffic asks."),
     ("--cost", "v100-opt13b", "Name of a table in conf/cost, or a file."),
     ("--link", "roce", "roce, nvlink or bytes per second."),
     ("--transfer", "chunk", "chunk: send KV after every chunk; request: after the whole prompt."),
@@ -202,12 +206,14 @@ def _setup(options: dict[str, Any]) -> Any:
     from tetri.config.tables import MonitorConfig, PolicyConfig
     from tetri.policy.rules import Rules
     from tetri.policy.views import FlipSettings
+    from tetri.request import Slo
     from tetri.sim.setup import Setup
 
     monitor = _section(MonitorConfig, "--monitor", options["monitors"], NOT_SIMULATED)
-    direct = ("prefill", "decode", "mixed", "transfer", "chunk_tokens", "kv_tokens", "block_tokens", "max_batch")
+    direct = ("prefill", "decode", "mixed", "auto", "transfer", "chunk_tokens", "kv_tokens", "block_tokens")
     return Setup(
         cost=cost.load(options["cost"]),
+        slo=Slo(ttft_s=options["ttft"], tpot_s=options["tpot"]),
         rules=_picked(Rules, _section(PolicyConfig, "--policy", options["policies"])),
         flip=options["flip"],
         flip_settings=_picked(FlipSettings, monitor),
@@ -215,6 +221,7 @@ def _setup(options: dict[str, Any]) -> Any:
         stale_s=monitor.stale_s,
         link_bytes_s=link_bytes_s(options["link"]),
         context=options["context"],
+        max_batch=options["max_batch"],
         seed=options["seed"],
         spans=options["plot"] is not None,
         **{name: options[name] for name in direct},

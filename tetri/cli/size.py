@@ -150,14 +150,18 @@ def _setup(options: dict[str, Any]) -> Setup:
 
 def _configured(conf: Path | None, overrides: Overrides) -> Setup:
     """An instance of the configuration. Raises CostError, ConfigError and UsageError."""
+    from tetri import cost
     from tetri.config import default_path, load
-    from tetri.proc import build
+    from tetri.proc import build, measured_cost
     from tetri.sim.setup import Setup
 
     config = load(conf or os.environ.get("TETRI_CONF") or default_path(), overrides)
-    table = build.predicted(config)
-    if not config.engine.cost:
-        raise click.UsageError("the configuration has no cost table (engine.cost): give --cost, or make one by profile")
+    table = build.table(config)
+    if table is None and config.engine.measures and (kept := measured_cost.kept(config.model.name)):
+        table = cost.load(kept[0])
+    if table is None:
+        advice = "give --cost, or start it once with engine.cost = auto"
+        raise click.UsageError(f"there is no cost table for this configuration (engine.cost): {advice}")
     link = build.link(config)
     return Setup(
         cost=table,

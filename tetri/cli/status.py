@@ -21,7 +21,7 @@ from tetri.cli.options import (
     run_dir_of,
     seconds_option,
 )
-from tetri.cli.units import share
+from tetri.cli.units import limits, share
 from tetri.core.broker.notes import MONITOR_SILENT_S, NO_MONITOR
 from tetri.wire.clients import InstanceStatus, MonitorStatus, Status
 
@@ -52,6 +52,7 @@ def command(conf: Path | None, overrides: Overrides, timeout: float, as_json: bo
     click.echo(f"monitor   {monitor(status.monitor)}")
     click.echo(f"requests  {counted(status.requests)}")
     click.echo(f"counted   {counted(status.counters)}")
+    click.echo(f"limits    {limits(status.slo)}   {_kept(status.slo_requests)}")
     for report in gateways.values():
         click.echo(f"gateway   {report['url']}/v1: {_answers(report)}")
     rows = [cells(_COLUMNS, instance) for instance in status.instances]
@@ -74,6 +75,13 @@ def monitor(found: MonitorStatus | None) -> str:
     if found.age_s >= MONITOR_SILENT_S:
         return f"silent for {found.age_s:.1f} s: {NO_MONITOR}"
     return f"view {found.number}, {found.age_s:.1f} s old, flip policy {found.flip}"
+
+
+def _kept(results: dict[str, int]) -> str:
+    """How requests kept their limits of latency, since the broker's start."""
+    met, total = results.get("met", 0), sum(results.values())
+    missed = counted({name: count for name, count in results.items() if count and name != "met"}, "")
+    return f"kept by {met} of {total} ({share(met, total)})" + (f"; missed: {missed}" if missed else "")
 
 
 def _gateways(conf: Path | None, overrides: Overrides) -> dict[str, dict[str, Any]]:

@@ -24,12 +24,13 @@ from tetri.cli.options import (
     stdin_text,
     timeout_option,
 )
-from tetri.request import DEFAULT_TOKENS
+from tetri.request import DEFAULT_TOKENS, Slo
 
 ENDS = {"cancelled": ("the request was cancelled", INTERRUPTED), "deadline": ("the deadline passed", FAILED)}
 _EXAMPLES = examples(
     'tetri-cli submit "The capital of France is"',
     'tetri-cli submit "Once upon a time" -n 4 --temperature 1 --json',
+    'tetri-cli submit "Once upon a time" --ttft 0.5 --tpot 0.05',
     "tetri-cli submit --chat - < question.txt",
 )
 
@@ -39,6 +40,8 @@ _EXAMPLES = examples(
 @sampling_options(max_tokens=DEFAULT_TOKENS)
 @click.option("--chat", is_flag=True, help="Use the model's chat template, with TEXT as the user's message.")
 @click.option("--deadline", type=float, metavar="SECONDS", help="End the request when it takes longer.")
+@click.option("--ttft", type=float, metavar="SECONDS", help="Limit to the first token (default: the deployment's).")
+@click.option("--tpot", type=float, metavar="SECONDS", help="Limit of the mean time between two tokens after that.")
 @click.option("-n", "n", type=COUNT, default=1, help="Number of answers; above 1 with a --temperature above 0.")
 @click.option("--logprobs", type=int, metavar="K", help="Show each token's log probability and the K likeliest tokens.")
 @click.option(
@@ -51,6 +54,8 @@ def command(
     text: str,
     chat: bool,
     deadline: float | None,
+    ttft: float | None,
+    tpot: float | None,
     n: int,
     stream: bool | None,
     as_json: bool,
@@ -71,7 +76,7 @@ def command(
     text = stdin_text(sys.stdin.buffer.read()) if text == "-" else text
     form = {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     sampling["stop"] = list(sampling["stop"]) or None
-    asked = {**form, "deadline_s": deadline, **sampling}
+    asked = {**form, "deadline_s": deadline, "slo": Slo(ttft_s=ttft, tpot_s=tpot), **sampling}
     stream = stream is not False and not as_json and n == 1
     with (
         connect(conf, timeout, overrides) as client,

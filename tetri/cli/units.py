@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tetri.request import Slo
+
 NOTHING = "-"  # there is no value
 _BYTES = ("B", "kB", "MB", "GB", "TB")
 _EIGHTHS = " ▏▎▍▌▋▊▉█"
@@ -42,6 +44,11 @@ def share(part: float, whole: float) -> str:
 def number(value: float | None) -> str:
     """A mean or a rate, with three digits."""
     return NOTHING if value is None else f"{value:.3g}" if abs(value) < 999.5 else f"{value:,.0f}"
+
+
+def limits(slo: Slo) -> str:
+    """Limits of latency."""
+    return f"TTFT {seconds(slo.ttft_s)}   TPOT {seconds(slo.tpot_s)}"
 
 
 def ratio(value: float | None) -> str:

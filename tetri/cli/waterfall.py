@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from tetri.cli.units import NOTHING, ago, amount, bar, count, number, seconds, sparkline
+from tetri.cli.units import NOTHING, ago, amount, bar, count, limits, number, seconds, sparkline
 from tetri.request import Receipt, choice_id
 from tetri.terminal import harmless
 from tetri.wire.observation import StageSpan, StepSpan, Timeline, TraceEvent
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 MISHAPS = ("retry", "migrated", "preempted", "refused")  # what makes a request late
 SLOWEST = 5  # decode steps that are shown one by one
+_RESULTS = {"met": "kept", "ttft": "missed TTFT", "tpot": "missed TPOT", "both": "missed both"}
 _TITLE, _BAR = 9, (12, 60)  # characters: of a title, and the least and most of a bar
 
 
@@ -93,6 +94,7 @@ def heading(timeline: Timeline) -> list[tuple[str, str]]:
     lines = [
         ("request", f"{choice_id(timeline.rid, timeline.choice)}{of}: {state}, arrived {ago(timeline.age_s)} ago"),
         ("latency", "   ".join(f"{name} {seconds(value)}" for name, value in latencies.items())),
+        ("limits", f"{limits(timeline.slo)}   {_RESULTS.get(timeline.slo_result, timeline.slo_result)}".rstrip()),
         ("tokens", f"{tokens}   {count(timeline.attempts, 'attempt')}"),
     ]
     if timeline.receipt is not None:
@@ -114,7 +116,7 @@ def receipt(found: Receipt) -> str:
     if found.chunks:  # of choices that share a transfer, one has its counts
         moved = f" as {amount(found.kv_bytes or 0)} of KV in {count(found.chunks, 'chunk')} over {found.transport}"
     parts = [
-        f"{found.adopted} of {count(found.prompt_tokens, 'prompt token')} adopted{moved}",
+        f"{found.kept} of {count(found.prompt_tokens, 'prompt token')} {'local' if found.local else 'adopted'}{moved}",
         f"{found.recomputed} recomputed",
         *([f"preempted {count(found.preempted, 'time')}"] if found.preempted else []),
         *([f"{count(found.refetched, 'KV chunk')} fetched again"] if found.refetched else []),

@@ -12,6 +12,7 @@ from tetri.client.conversation import Call, Request
 from tetri.client.facade import BaseClient, BaseStream, Iteration, Messages, PieceT, Prompt
 from tetri.client.frames import Event, Result, TetriError
 from tetri.client.questions import Explanation, Inspection, ObservationQuestion, ReadinessCheck
+from tetri.request import Slo
 
 T = TypeVar("T")
 AsyncEvents: TypeAlias = "AsyncStream[Event]"
@@ -28,11 +29,12 @@ class AsyncClient(BaseClient["AsyncStream[str]", "AsyncEvents"]):
         messages: Messages = None,
         n: int = 1,
         deadline_s: float | None = None,
+        slo: Slo | None = None,
         **sampling: Any,
     ) -> Result:
         """Return the whole answer to a prompt (text or token ids) or to chat messages; of `n` answers the first, which
         has all as its `choices`. Raises TetriError."""
-        return await self.events(prompt, messages=messages, n=n, deadline_s=deadline_s, **sampling).wait()
+        return await self.events(prompt, messages=messages, n=n, deadline_s=deadline_s, slo=slo, **sampling).wait()
 
     async def cancel(self, rid: str) -> None:
         """Cancel a request of this client and wait for the broker's confirmation. Raises TetriError."""

@@ -175,6 +175,8 @@ class Choice:
             jct_s=done.jct_s,
             receipt=done.receipt,
             choice=self.index,
+            slo=done.slo,
+            slo_result=done.slo_result,
             logprobs=None if plain else cast(list[TokenLogprob], self.tokens),
         )
 

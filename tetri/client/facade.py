@@ -18,7 +18,7 @@ from tetri.client.place import find_address
 from tetri.client.questions import Cancellation
 from tetri.client.session import Session
 from tetri.clock import Clock
-from tetri.request import Turn
+from tetri.request import Slo, Turn
 
 Prompt = str | Sequence[int] | None
 Messages = Sequence[Turn | Mapping[str, str]] | None
@@ -48,10 +48,11 @@ def new_request(
     n: int = 1,
     deadline_s: float | None = None,
     default_tokens: int | None = None,
+    slo: Slo | None = None,
 ) -> Request:
     """Return a new completion request with a random key. Raises BadRequest."""
     key = secrets.token_hex(8)
-    given = prompt, messages, sampling, n, deadline_s, default_tokens
+    given = prompt, messages, sampling, n, deadline_s, default_tokens, slo
     return Request(key, secret, submit(key, secret, *given), patience, now, n)
 
 
@@ -83,13 +84,14 @@ class BaseClient(ABC, Generic[TextsT, EventsT]):
         messages: Messages = None,
         n: int = 1,
         deadline_s: float | None = None,
+        slo: Slo | None = None,
         **sampling: Any,
     ) -> TextsT:
         """Send a request and return an iterator over its text (an asynchronous one for `AsyncClient`). Raises
         TetriError, now or while iterating."""
         if n != 1:
             raise BadRequest("stream takes n = 1: use events, which names the choice of each text")
-        request = self._request(prompt, messages, sampling, deadline_s=deadline_s)
+        request = self._request(prompt, messages, sampling, deadline_s=deadline_s, slo=slo)
         choice = request.choices[0]
         return cast(TextsT, self._begin(request, choice.has_text, choice.text))
 
@@ -101,13 +103,14 @@ class BaseClient(ABC, Generic[TextsT, EventsT]):
         n: int = 1,
         deadline_s: float | None = None,
         default_tokens: int | None = None,
+        slo: Slo | None = None,
         **sampling: Any,
     ) -> EventsT:
         """Send a request and return an iterator over its Events: the new text and tokens of one of its `n` choices, and
         its Result with the last of them. What arrives while the caller is busy becomes one event. The first choice that
         fails ends the iterator. `default_tokens`: the most output tokens without `max_tokens`, or fewer if fewer fit.
-        Raises TetriError, now or while iterating."""
-        asked = {"n": n, "deadline_s": deadline_s, "default_tokens": default_tokens}
+        `slo`: its limits of latency, which the deployment works towards. Raises TetriError, now or while iterating."""
+        asked = {"n": n, "deadline_s": deadline_s, "default_tokens": default_tokens, "slo": slo}
         request = self._request(prompt, messages, sampling, **asked)
         return cast(EventsT, self._begin(request, request.has_event, request.event))
 

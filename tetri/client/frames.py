@@ -18,12 +18,14 @@ from tetri.request import (
     Positive,
     Receipt,
     Record,
+    Slo,
     Token,
     TokenLogprob,
     Turn,
     Usage,
     choices_problem,
     sampling_problem,
+    slo_problem,
 )
 from tetri.wire.clients import BrokerReply, ChangeRole
 
@@ -70,7 +72,8 @@ class Result:
     """A finished request: its first choice, or another one. `finish_reason`: stop, length, cancelled or deadline.
     `timeline`: seconds in each stage; they add up to `jct_s`, the time from the broker's Accepted to the end. `ttft_s`:
     time to the first token, None without one. `logprobs`: the output tokens with their log probabilities, if these were
-    asked for. `others`: of the first choice, the results of all others."""
+    asked for. `slo`: its limits of latency. `slo_result`: met, or which it missed: ttft, tpot or both; failed; "" if it
+    was cancelled before it had missed any. `others`: of the first choice, the results of all others."""
 
     rid: str
     text: str
@@ -83,6 +86,8 @@ class Result:
     receipt: Receipt
     choice: int = 0
     logprobs: list[TokenLogprob] | None = None
+    slo: Slo = Slo()
+    slo_result: str = ""
     others: tuple[Result, ...] = ()
 
     @property
@@ -96,7 +101,7 @@ class Result:
         if self.others:
             return {"rid": self.rid, "choices": [replace(each, others=()).to_json() for each in self.choices]}
         plain = {name: getattr(self, name) for name in self.__slots__ if name != "others"}
-        plain |= {"usage": asdict(self.usage), "receipt": asdict(self.receipt)}
+        plain |= {"usage": asdict(self.usage), "receipt": asdict(self.receipt), "slo": asdict(self.slo)}
         if self.logprobs is not None:
             plain["logprobs"] = [_plain(token) for token in self.logprobs]
         return plain
@@ -129,6 +134,7 @@ def submit(
     n: int = 1,
     deadline_s: float | None = None,
     default_tokens: int | None = None,
+    slo: Slo | None = None,
 ) -> bytes:
     """Return the Submit frame of one request. Raises BadRequest."""
     body: dict[str, Any] = {"type": "submit", "key": key, "secret": secret}
@@ -153,6 +159,10 @@ def submit(
         body["deadline_s"] = _converted("deadline_s", deadline_s, float)
         if not body["deadline_s"] > 0:
             raise BadRequest(f"deadline_s must be above 0, got {deadline_s!r}")
+    if slo is not None:
+        body["slo"] = limits = _converted("slo", asdict(slo) if isinstance(slo, Slo) else slo, Slo)
+        if (problem := slo_problem(limits)) is not None:
+            raise BadRequest(problem)
     return frame(body)
 
 

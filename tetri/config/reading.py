@@ -107,9 +107,9 @@ def _with_whole_paths(config: Config, path: Path) -> Config:
     if config.predictor.folder:
         folder = os.path.abspath(config.predictor.folder)
         config = dataclasses.replace(config, predictor=dataclasses.replace(config.predictor, folder=folder))
-    if not config.engine.cost:
+    if not config.engine.table:
         return config
-    cost = (path.parent / "cost" / config.engine.cost).absolute()
+    cost = (path.parent / "cost" / config.engine.table).absolute()
     if not cost.is_file():
         raise ConfigError(f"{path}: engine.cost: there is no file {cost}")
     return dataclasses.replace(config, engine=dataclasses.replace(config.engine, cost=str(cost)))

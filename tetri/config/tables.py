@@ -112,6 +112,9 @@ class ModelConfig:
     special_tokens_in_prompt: bool = True
 
 
+AUTO = "auto"
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """The engine of every worker and its limits."""
@@ -121,10 +124,22 @@ class EngineConfig:
     max_batch: int = number(32, 1, 1 << 14)  # requests that decode together; must be below chunk_tokens
     block_tokens: int = number(128, 1, 1 << 14)  # tokens of one KV block
     kv_mib: int = number(1024, 1, 1 << 24)  # memory for the KV cache of one worker, with a model
-    # The cost table: every prediction of time uses it, and an emulated engine takes its step times from it. A file in
-    # the folder `cost` beside the configuration, or an absolute path; "": none (an emulated step takes no time).
-    cost: str = path("", "a file")
+    # The cost table: every prediction of time uses it, and an emulated engine takes its step times from it. auto: each
+    # worker uses the one that was measured on this machine, and measures it at the first start, in less than 20 s. Else
+    # a file in the folder `cost` beside the configuration, or an absolute path. "": none. An emulated engine has none
+    # with auto either; its steps take no time then.
+    cost: str = path(AUTO, "auto or a file")
     stream_interval: int = number(1, 1, 1 << 20)  # output tokens of a request that one message carries
+
+    @property
+    def table(self) -> str:
+        """The file of the cost table; "" if none is named."""
+        return "" if self.cost == AUTO else self.cost
+
+    @property
+    def measures(self) -> bool:
+        """Whether workers measure the cost table."""
+        return self.cost == AUTO and self.kind != "emulated"
 
 
 @dataclass(frozen=True, slots=True)

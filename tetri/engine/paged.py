@@ -22,8 +22,6 @@ from __future__ import annotations
 from bisect import insort
 from collections.abc import Sequence
 
-from msgspec.structs import replace
-
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.plan import EOS, NO_TOKEN, Ids, Slot, StepPlan, ends_text
@@ -295,7 +293,7 @@ class Paged:
         """Make a decode request that waits for `admit` of a prefill request that stays. `admit` counts its token."""
         del self.slots[slot.key], self._stays[slot.stays]
         self._resized.pop(slot.key, None)
-        slot.request = replace(slot.request, key=slot.stays, phase="decode")
+        slot.request = slot.request.as_decode(slot.stays)
         slot.key, slot.stays, slot.ready, slot.known = slot.stays, "", True, slot.known - 1
         self.slots[slot.key] = slot
 

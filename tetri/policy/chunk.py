@@ -12,7 +12,7 @@ from tetri.policy.views import MixedStep, Progress
 
 #: Sizes that are tried beside running decodes, in tokens.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-SPARED = 0.1  # share of the running decodes, those with the least slack, that do not limit the chunk
+SPARED = 0.0
 
 
 def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
@@ -33,18 +33,25 @@ def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
 
 
 def limit(step: MixedStep, cost: StepCost, most: int) -> int:
-    """The size of the next chunk beside running decodes, up to `most` tokens; 0: none. Of the sizes with which the
-    decodes keep their limits of TPOT, the one with the best prefill rate. A few decodes that are late anyway do not
-    count (`SPARED`)."""
-    allowed = sorted(step.allowed_s)[int(SPARED * len(step.allowed_s))] if step.allowed_s else inf
+    """The size of the next chunk beside running decodes, up to `most` tokens; 0: none.
+
+    Decodes that are ahead of their limit of TPOT leave time for a chunk: of the sizes that fit, the one with the best
+    prefill rate is chosen. If prompts would be late at that rate, the chunk may be so large that the decodes catch up
+    only with the tokens that they are expected to write yet, but no larger than the prompts need. A few decodes that
+    are late anyway do not count (`SPARED`)."""
+    ahead, later = _spared(step.ahead_s), _spared(step.later_s)
     best, rate = 0, 0.0
     for size in _sizes(most):
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
-        if seconds > allowed and not step.urgent:
+        if seconds > later or (seconds > ahead and rate >= step.wanted):
             break
-        if seconds <= 0 or size / seconds > rate:
-            best, rate = size, size / seconds if seconds > 0 else inf
+        if size > rate * seconds:
+            best, rate = size, size / seconds
     return best
+
+
+def _spared(seconds: Sequence[float]) -> float:
+    return sorted(seconds)[int(SPARED * len(seconds))] if seconds else inf
 
 
 def _sizes(most: int) -> list[int]:

@@ -48,6 +48,19 @@ def power_of_two_ratio(need: Need, pool: DecodePool, rng: Random) -> int | None:
     return pair[0] if a < b else pair[1]
 
 
+def adaptive(need: Need, pool: DecodePool, rng: Random) -> int | None:
+    """Not in the paper: the instance that prefills the request, if it takes decodes and has memory: no KV moves then.
+    Otherwise, of the instances with memory up to its predicted end, the one with the shortest decode step; if none has
+    it, the one with the most spare memory."""
+    if pool.home >= 0 and pool.free[pool.home] >= need.blocks:
+        return pool.home
+    fits = [column for column, spare in enumerate(pool.spare) if spare >= need.end_blocks]
+    fits = [column for column in fits if pool.free[column] >= need.blocks]
+    if not fits:
+        return _most_spare(need, pool)
+    return min(fits, key=lambda column: (pool.step_s[column], pool.heavy[column] + pool.light[column]))
+
+
 def first_fit(need: Need, pool: DecodePool, rng: Random) -> int | None:
     """The first instance with enough free blocks."""
     return next((column for column, free in enumerate(pool.free) if free >= need.blocks), None)

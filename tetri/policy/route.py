@@ -7,6 +7,7 @@ prefill. Policies are stateless: the pool's owner maintains `pool.last`.
 
 from __future__ import annotations
 
+from math import inf
 from random import Random
 
 from tetri.policy.views import PrefillPool
@@ -17,6 +18,23 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
     3.2) leaves the measure open. Seconds account for padded chunks and for work that grows with the square of the
     prompt length; counts of requests or tokens do not."""
     return pool.queued_s.index(min(pool.queued_s)) if pool.queued_s else None
+
+
+def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
+    """Not in the paper: of the instances that are expected to compute the prompt in time, the one where that delays the
+    fewest decodes; if none is, the one that computes it first. An instance is expected to compute all work assigned to
+    it in the share of its time that its decodes leave."""
+    seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
+    if not seconds:
+        return None
+    least, limit = min(seconds), IN_TIME * pool.ttft_s
+    if least >= limit:
+        return seconds.index(least)
+    return min(range(len(seconds)), key=lambda i: (pool.decodes[i] + D*seconds[i] if seconds[i] < limit else inf, seconds[i]))
+
+
+IN_TIME = 0.5
+D = 0.0
 
 
 def random(work_s: float, pool: PrefillPool, rng: Random) -> int | None:

@@ -37,11 +37,13 @@ FlipRule = Callable[[Sequence[InstanceState], FlipSettings], RoleChange | None]
 
 PREFILL_ROUTES: dict[str, PrefillRoute] = {
     "least_loaded": route.least_loaded,
+    "adaptive": route.adaptive,
     "random": route.random,
     "round_robin": route.round_robin,
 }
 DECODE_ROUTES: dict[str, DecodeRoute] = {
     "power_of_two": dispatch.power_of_two,
+    "adaptive": dispatch.adaptive,
     "power_of_two_ratio": dispatch.power_of_two_ratio,
     "random": dispatch.random,
     "round_robin": dispatch.round_robin,

@@ -15,12 +15,16 @@ from tetri.request import Value
 @dataclass(slots=True)
 class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
-    prefill work that is assigned to it and not done. `last`: the column chosen last, -1 before the first choice; the
-    pool's owner maintains it for `round_robin`."""
+    prefill work that is assigned to it and not done. `share`: the share of its time that prefill gets there while its
+    decodes keep their limits of TPOT. `last`: the column chosen last, -1 before the first choice; the pool's owner
+    maintains it for `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
+    share: list[float] = field(default_factory=list)
+    decodes: list[float] = field(default_factory=list)
     last: int = -1
+    ttft_s: float = 0.0
 
 
 class Need(Value, frozen=True):
@@ -46,6 +50,8 @@ class DecodePool:
     light   the other waiting and running requests
     most    KV blocks of the instance: its deferred offers may lack as many
     last    the column chosen last, -1 before the first choice; the pool's owner maintains it for `round_robin`
+    step_s  predicted seconds of a decode step with all its requests
+    home    the column of the instance that prefills the request, -1 if it takes no decodes
 
     No policy chooses a column with fewer than `Need.blocks` free blocks. To exclude an instance from a decision, the
     owner sets its `free` to EXCLUDED meanwhile.
@@ -57,7 +63,9 @@ class DecodePool:
     heavy: list[int] = field(default_factory=list)
     light: list[int] = field(default_factory=list)
     most: list[int] = field(default_factory=list)
+    step_s: list[float] = field(default_factory=list)
     last: int = -1
+    home: int = -1
 
 
 class QueuedPrompt(Value, frozen=True):
@@ -83,17 +91,47 @@ class Progress(Value, frozen=True):
 class MixedStep(Value, frozen=True):
     """A step with a chunk beside running decodes.
 
-    batch, context  decodes in it, and the tokens that they have in total
-    allowed_s       seconds that it may take so that a decode can still keep its limit of TPOT, of each that has one
-    start           tokens before the chunk in its prompt
-    urgent          whether the first prompt misses its limit of TTFT unless it gets a whole chunk now
+    batch, context    decodes in it, and the tokens that they have in total
+    ahead_s, later_s  seconds that it may take so that a decode keeps its limit of TPOT, at once, or with the tokens that
+                      it is expected to write yet; of each that has a limit
+    wanted            prompt tokens per second with which no prompt is late
+    start             tokens before the chunk in its prompt
     """
 
     batch: int
     context: int
-    allowed_s: Sequence[float]
+    ahead_s: Sequence[float]
+    later_s: Sequence[float]
+    wanted: float
     start: int = 0
-    urgent: bool = False
+
+
+class ClusterLoad(Value, frozen=True):
+    """What the adaptive instances do together, over the last seconds.
+
+    instances   how many there are
+    prefill     seconds of prefill that arrive in a second, predicted for chunks without decodes
+    tokens      output tokens a second, of all
+    context     tokens of all requests that decode or wait for it
+    kv_tokens   that one instance holds
+    mean_s, long_s    seconds of the prefill of a prompt: the mean, and that of a long one
+    base_s, request_s a decode step takes base_s, and request_s more for each request in it
+    beside      time that a chunk adds to a decode step, over that of the chunk alone
+    ttft_s, tpot_s    the limits
+    """
+
+    instances: int
+    prefill: float
+    tokens: float
+    context: int
+    kv_tokens: int
+    mean_s: float
+    long_s: float
+    base_s: float
+    request_s: float
+    beside: float
+    ttft_s: float
+    tpot_s: float
 
 
 class BatchMember(Value, frozen=True):

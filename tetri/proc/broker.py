@@ -33,13 +33,14 @@ from tetri.core.actions import (
 from tetri.core.broker.broker import Broker
 from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Limits, Problem
 from tetri.core.broker.requests import needed_bytes
+from tetri.cost import Cost
 from tetri.net.hub import Hub
 from tetri.net.loop import run
 from tetri.proc import build
 from tetri.proc.cheap_checks import submit_problem
 from tetri.proc.cpus import pin
 from tetri.proc.network import HubNetwork
-from tetri.proc.notes import completed, of_config, of_tokenizer, with_refused
+from tetri.proc.notes import completed, of_config, of_costs, of_tokenizer, with_refused
 from tetri.proc.recorder import BrokerStart, full_records, recorded
 from tetri.proc.submission import content, submitted
 from tetri.proc.texts import Texts, Tokenised, command
@@ -200,7 +201,7 @@ def serve(config: Config, logger: logging.Logger) -> None:
         core = recorded(start.core(), start, config, BROKER, epoch, stack)
         executor = ActionExecutor(core, hub, tokenizer, texts, logger)
         lasting = [*of_config(config, logger), *of_tokenizer(tokenizer, logger)]
-        executor.notes = lambda: [*lasting, *full_records(config)]
+        executor.notes = lambda: [*lasting, *of_costs(config, core.costs.known), *full_records(config)]
         texts.ready()
         hub.bind_inbox(config.events_address, WorkerEvent)
         hub.bind_clients(config.clients_address, ClientMessage, config.broker.max_clients)
@@ -225,7 +226,7 @@ def start_of(config: Config, epoch: int, model: str) -> BrokerStart:
         seed=epoch,
         now=time.monotonic(),
         model=model,
-        cost=build.predicted(config),
+        cost=build.table(config) or Cost(),
         chunk_tokens=config.engine.chunk_tokens,
         slo=Slo(ttft_s=config.slo.ttft_s or None, tpot_s=config.slo.tpot_s or None),
     )

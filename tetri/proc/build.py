@@ -18,7 +18,7 @@ from tetri import cost, private, terminal
 from tetri.config import Config, default_path
 from tetri.config import load as load_config
 from tetri.core.instance.identity import Identity
-from tetri.cost import CostError
+from tetri.cost import Cost, CostError
 from tetri.engine.base import Engine, EngineError
 from tetri.faults import parse_cuts
 from tetri.instance import Capacity, Instance
@@ -42,8 +42,8 @@ from tetri.request import Expected
 from tetri.strict import ConfigError
 from tetri.text import ByteTokenizer, TextError, Tokenizer, load_tokenizer
 
-# The cost table when [engine] names none. The seconds are not measured, but they grow with the prompt and the batch.
-UNMEASURED = cost.Cost(prefill=((0.0, 0.0), (1000.0, 1.0)), decode=((1.0, 0.02), (100.0, 0.2)))
+# A worker's cost table when it has none. The seconds are not measured, but they grow with the prompt and the batch.
+UNMEASURED = Cost(prefill=((0.0, 0.0), (1000.0, 1.0)), decode=((1.0, 0.02), (100.0, 0.2)))
 
 EXPECTED = (
     *(ConfigError, CostError, EngineError, KVError, LogError, ModelError, NetError, TextError),
@@ -188,7 +188,7 @@ def _emulated(config: Config, wait: Callable[[float], bool] | None, iid: str) ->
         ),
         token_bytes=made.token_bytes,
         vocabulary=made.vocabulary,
-        cost=cost.load(config.engine.cost) if config.engine.cost else cost.Cost(),
+        cost=cost.load(config.engine.table) if config.engine.table else Cost(),
         time_scale=made.time_scale,
         nan_token=None if made.nan_token < 0 else made.nan_token,
         salt=lambda key: salt,
@@ -236,7 +236,7 @@ def link(config: Config) -> LimitedLink | None:
         if made.emulate_token_bytes:
             raise ConfigError("transfer.emulate_token_bytes is for an emulated engine: a real one has its own KV")
         return LimitedLink(bytes_s, made.emulate_latency_us / 1e6)
-    token_bytes = made.emulate_token_bytes or (cost.load(engine.cost).kv_token_bytes if engine.cost else 0)
+    token_bytes = made.emulate_token_bytes or (cost.load(engine.table).kv_token_bytes if engine.table else 0)
     if not token_bytes:
         advice = "name an engine.cost table with kv_token_bytes, or set transfer.emulate_token_bytes"
         raise ConfigError(f"transfer.emulate needs the size of the emulated model's KV: {advice}")
@@ -248,9 +248,17 @@ def link(config: Config) -> LimitedLink | None:
 
 
 def identity(
-    config: Config, iid: str, incarnation: int, made: Engine, kv: KVStore, expected: Expected | None = None
+    config: Config,
+    iid: str,
+    incarnation: int,
+    made: Engine,
+    kv: KVStore,
+    measured: Cost | None = None,
+    expected: Expected | None = None,
 ) -> Identity:
-    """What the worker's core is built from. `expected`: the prior and calibration of its length predictor."""
+    """What the worker's core is built from. `measured`: the cost table that was measured, if the configuration names
+    none; `expected`: the prior and calibration of its length predictor."""
+    found = table(config) or measured
     instance = Instance(
         iid=iid,
         incarnation=incarnation,
@@ -264,8 +272,8 @@ def identity(
         instance,
         slots=kv.slots,
         rules=rules(config),
-        cost=predicted(config),
-        compares_steps=compares_steps(config),
+        cost=found or UNMEASURED,
+        compares_steps=found is not None and (config.engine.kind != "emulated" or config.emulated.time_scale > 0),
         load_s=config.monitor.load_ms / 1000,
         stream_interval=config.engine.stream_interval,
         reserve_share=config.transfer.reserve_share,
@@ -287,24 +295,20 @@ def flip_settings(config: Config) -> FlipSettings:
     return FlipSettings(**{f.name: getattr(made, f.name) for f in dataclasses.fields(FlipSettings)})
 
 
-def predicted(config: Config) -> cost.Cost:
-    """The cost table with which broker and workers predict the time of steps, in seconds. Raises CostError."""
-    measured = cost.load(config.engine.cost) if config.engine.cost else UNMEASURED
-    scale = config.emulated.time_scale
+def table(config: Config) -> Cost | None:
+    """The cost table that the configuration names, in seconds of the clock; None if it names none. Raises CostError."""
+    if not config.engine.table:
+        return None
+    named, scale = cost.load(config.engine.table), config.emulated.time_scale
     if config.engine.kind != "emulated" or not scale:
-        return measured
+        return named
     return dataclasses.replace(
-        measured,
-        prefill=tuple((x, seconds * scale) for x, seconds in measured.prefill),
-        decode=tuple((x, seconds * scale) for x, seconds in measured.decode),
-        prefill_start_s=measured.prefill_start_s * scale,
-        decode_context_s=measured.decode_context_s * scale,
+        named,
+        prefill=tuple((x, seconds * scale) for x, seconds in named.prefill),
+        decode=tuple((x, seconds * scale) for x, seconds in named.decode),
+        prefill_start_s=named.prefill_start_s * scale,
+        decode_context_s=named.decode_context_s * scale,
     )
-
-
-def compares_steps(config: Config) -> bool:
-    """Whether the time of engine steps is compared with `predicted`: if that is a table, and the steps take time."""
-    return bool(config.engine.cost) and (config.engine.kind != "emulated" or config.emulated.time_scale > 0)
 
 
 def tokenizer(config: Config) -> Tokenizer:

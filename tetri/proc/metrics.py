@@ -230,6 +230,7 @@ def _metrics(*lines: tuple[str, str, str, str, Callable[[Found], Samples]]) -> t
 
 _ENDED = "choices that ended: stop, length, cancelled, deadline, error"
 _REFUSED = "Submits that were refused: invalid, too_long, too_many_choices, full, repeated_key"
+_JUDGED = "choices by how they kept their limits of latency: met, ttft, tpot, both (missed), failed"
 _RETRIED = "attempts that were started again: worker_lost, worker_restarted, not_held, kv_lost, kv_unread, given_up"
 
 BROKER_UP = Metric(
@@ -242,12 +243,13 @@ BROKER_UP = Metric(
 REQUESTS = _metrics(
     ("tetri_requests_ended_total", "counter", "reason", _ENDED, _counted("requests_ended")),
     ("tetri_requests_refused_total", "counter", "reason", _REFUSED, _counted("requests_refused")),
+    ("tetri_slo_requests_total", "counter", "result", _JUDGED, _counted("slo_requests")),
     ("tetri_requests_open", "gauge", "stage", "open choices in each stage", _open_by_stage),
     ("tetri_retries_total", "counter", "reason", _RETRIED, _counted("retries")),
     ("tetri_role_changes_total", "counter", "was role", "changes of role that were carried out", _role_changes),
     (
         *("tetri_tokens_total", "counter", "kind"),
-        "tokens of ended choices: prompt, output, adopted, recomputed, continued",
+        "tokens of ended choices: prompt, output, local, adopted, recomputed, continued",
         _counted("tokens"),
     ),
     ("tetri_ttft_seconds", "histogram", "", "time to the first token, from arrival", _histogram("ttft")),

@@ -19,6 +19,10 @@ NO_COST = (
     "no cost table (engine.cost): routing, roles and predicted times follow assumed step times. "
     "Make one with tetri-cli profile"
 )
+NOT_MEASURED = (
+    "no worker has a cost table yet (engine.cost = auto): prompts are routed by their tokens, and without [slo] no "
+    "request has limits of latency"
+)
 NO_ACCESS_CONTROL = (
     "KV moves over nixl, which has no access control: whoever can connect to a worker, also another user of this host, "
     "can read its memory. transfer.transport = stream is encrypted"
@@ -27,9 +31,14 @@ NO_ACCESS_CONTROL = (
 
 def of_config(config: Config, logger: logging.Logger) -> list[str]:
     """The degraded modes that the configuration causes; each is logged as well."""
-    found = [] if config.engine.cost else [NO_COST]
+    found = [] if config.engine.table or config.engine.measures else [NO_COST]
     found += [NO_ACCESS_CONTROL] if config.transfer.transport == "nixl" else []
     return _logged(found, logger)
+
+
+def of_costs(config: Config, known: bool) -> list[str]:
+    """That no worker has told yet how long its steps take. `known`: whether the broker has a cost table."""
+    return [NOT_MEASURED] if config.engine.measures and not known else []
 
 
 def of_tokenizer(tokenizer: Tokenizer, logger: logging.Logger) -> list[str]:

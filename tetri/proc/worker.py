@@ -26,7 +26,7 @@ from tetri.kv.base import KVLost, KVStore
 from tetri.net.loop import run
 from tetri.policy.rules import LENGTHS
 from tetri.predict.serve import still_reading
-from tetri.proc import build, memory
+from tetri.proc import build, measured_cost, memory
 from tetri.proc.cpus import few_threads, pin
 from tetri.proc.faulty_network import FaultyNetwork, Poll, with_faults
 from tetri.proc.network import HubNetwork, received
@@ -84,12 +84,15 @@ def serve(config: Config, iid: str, broker: str, logger: logging.Logger) -> None
         if (short := memory.shortage(config, iid)) is not None:
             logger.warning("%s", short)
         # Takes seconds to minutes; until it is done, a signal ends the process at once.
-        engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)
+        with measured_cost.turn(config, logger) as turn:
+            engine, store = build.engine_and_store(config, iid, hub.wait, hub.wake, stack)
+            stopwatch = measured_cost.clock_of(config, gpu=config.worker(iid).gpu >= 0)
+            table = measured_cost.of_engine(engine, config, stopwatch, turn, logger)
         serving = None if predictor is None else serving_of(predictor, engine, config, hub.wake, logger)
         stack.callback(serving.close if serving is not None else lambda: None)
         signals = build.stop_signals(hub, stack)
         expected = None if serving is None else serving.expected
-        own = build.identity(config, iid, secrets.randbits(62), engine, store, expected)
+        own = build.identity(config, iid, secrets.randbits(62), engine, store, table, expected)
         start = WorkerStart(own, own.incarnation, time.monotonic())
         core = recorded(start.core(), start, config, iid, own.incarnation, stack)
         network: Network = HubNetwork(hub, logger, store.counters)

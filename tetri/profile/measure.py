@@ -70,23 +70,28 @@ def measure(
     clock: Callable[[], float],
     rng: Random,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    enough: Callable[[bool], bool] = lambda complete: False,
 ) -> list[MeasuredPoint]:
     """Run all scenes `rounds` times, in a new random order each round. `clock`: seconds, from any start.
-    `progress(done, total)` is called after each scene. Raises ProfileError or EngineError."""
+    `progress(done, total)` is called after each scene. `enough(complete)`, asked before each scene: whether to stop;
+    `complete`: all have run once, else that is an error. Raises ProfileError or EngineError, with nothing left in the
+    engine."""
     bench = _Bench(engine, clock)
     for scene in scenes[::WARM_EVERY]:  # a real engine loads and selects kernels in its first steps
         bench.run(scene)
     found: dict[What, list[float]] = {}
     fitted: set[What] = set()
-    for number in range(rounds):
-        order = list(scenes)
-        rng.shuffle(order)
-        for index, scene in enumerate(order, 1):
-            for what, seconds in bench.run(scene):
-                found.setdefault(what, []).append(seconds)
-                if not scene.held_out:
-                    fitted.add(what)
-            progress(number * len(order) + index, rounds * len(order))
+    order = [scene for _ in range(rounds) for scene in rng.sample(scenes, len(scenes))]
+    for index, scene in enumerate(order, 1):
+        if enough(index > len(scenes)):
+            if index <= len(scenes):
+                raise ProfileError(f"the time was enough for {index - 1} of {len(scenes)} scenes only")
+            break
+        for what, seconds in bench.run(scene):
+            found.setdefault(what, []).append(seconds)
+            if not scene.held_out:
+                fitted.add(what)
+        progress(index, len(order))
     return [_point(what, times, what not in fitted) for what, times in found.items()]
 
 
@@ -101,22 +106,29 @@ class _Bench:
         self.engine, self.clock = engine, clock
         self.zeros = memoryview(bytes(engine.fingerprint.block_bytes))
         self.count = 0
+        self.open: list[str] = []  # keys of the requests in the engine
         self.contexts: dict[str, int] = {}  # tokens that a decode request has computed
 
     def run(self, scene: Scene) -> list[tuple[What, float]]:
         """Run one scene and cancel its requests; returns what ran in each measured step, and its seconds."""
+        try:
+            return self._run(scene)
+        finally:
+            while self.open:
+                self.engine.cancel(self.open.pop())
+
+    def _run(self, scene: Scene) -> list[tuple[What, float]]:
         decodes = self._admitted(scene.contexts)
         if decodes:  # not measured: the first step after an admission does extra work
             self._step(len(decodes))
-        prefills = [self._add("prefill", length, 1) for length in scene.prompts]
+        for length in scene.prompts:
+            self._add("prefill", length, 1)
         steps: list[tuple[What, float]] = []
         left = sum(scene.prompts)
         while left > 0 or (not scene.prompts and len(steps) < STEPS):
             what, seconds = self._step(len(decodes), left > 0)
             left -= what.tokens
             steps.append((what, seconds))
-        for key in (*decodes, *prefills):
-            self.engine.cancel(key)
         return steps
 
     def _step(self, batch: int, prefills: bool = False) -> tuple[What, float]:
@@ -152,6 +164,7 @@ class _Bench:
         key = f"{phase}-{self.count}"
         sampling = Sampling(max_tokens=more, ignore_eos=True)
         self.engine.add(EngineRequest(key, phase, (TOKEN,) * length, length, sampling))
+        self.open.append(key)
         return key
 
 

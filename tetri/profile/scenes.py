@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from tetri.instance import Capacity
 from tetri.request import blocks_for
 
+DEEP = 4096  # tokens: the longest context that is measured
 STEPS = 6  # measured decode steps of a scene, after one that is not measured
 MARGIN = STEPS + 4  # most tokens by which a request grows while it is measured
 FINE_FROM = 64  # smaller chunk sizes are powers of two only: there the rate is far from its peak
@@ -33,8 +34,14 @@ def scenes(capacity: Capacity, quick: bool = False) -> list[Scene]:
     wanted = [Scene((size,)) for size in sizes(chunk, quick)]
     wanted += [Scene((length,)) for length in _long_prompts(capacity, chunk, quick)]
     wanted += [Scene((), (length,) * batch) for batch in batches(capacity, quick) for length in lengths]
+    wanted.append(Scene((), (max(min(DEEP, capacity.context - MARGIN), 1),)))
     wanted += _held_out(capacity, chunk, quick)
     return list(dict.fromkeys(scene for scene in wanted if _fits(scene, capacity)))
+
+
+def brief(capacity: Capacity) -> list[Scene]:
+    """The scenes of the quick fit, without those held out."""
+    return [scene for scene in scenes(capacity, quick=True) if not scene.held_out]
 
 
 def longest_prompt(capacity: Capacity) -> int:

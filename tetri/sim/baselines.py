@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
+from tetri.core.broker.slo import Limiter
 from tetri.policy.coupled import CoupledLimits
+from tetri.request import Slo
 from tetri.sim import coupled
 from tetri.sim.clients import Outcome
 from tetri.sim.instance import Use
@@ -27,7 +29,8 @@ def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> SimResult:
     kv_tokens = capacity.blocks * capacity.block_tokens
     replicas = setup.prefill + setup.decode + setup.mixed
     outcomes: list[Outcome] = []
-    accepted = _accepted(requests, min(kv_tokens, capacity.context), outcomes)
+    limiter = Limiter(setup.slo, setup.cost, capacity.chunk_tokens)
+    accepted = _accepted(requests, min(kv_tokens, capacity.context), outcomes, limiter)
     try:
         if system == "coupled16":
             baseline = load().baseline
@@ -52,14 +55,17 @@ def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> SimResult:
     return SimResult(outcomes, instances, counters, max((request.end_s for request in made.served), default=0.0))
 
 
-def _accepted(requests: Iterable[Arrival], most: int, outcomes: list[Outcome]) -> Iterator[Arrival]:
-    """Yield the requests that fit; append an outcome for each request."""
+def _accepted(
+    requests: Iterable[Arrival], most: int, outcomes: list[Outcome], limiter: Limiter
+) -> Iterator[Arrival]:
+    """Yield the requests that fit; append an outcome for each request, with the limits that a broker would find."""
     for arrival in requests:
         tokens = arrival.prompt + arrival.output
         fits = tokens <= most
         why = "" if fits else f"{tokens} tokens are more than the context of {most}"
         outcomes.append(Outcome(arrival, "open" if fits else "refused", why=why))
         if fits:
+            outcomes[-1].slo = limiter.of(Slo(), arrival.prompt)
             yield arrival
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from tetri.core.actions import Submitted
 from tetri.core.broker.delivery import SECRET_CHARS
-from tetri.request import Sampling
+from tetri.request import Sampling, Slo
 from tetri.sim.kernel import Kernel
 from tetri.sim.setup import SimError
 from tetri.sim.texts import RecordedText
@@ -26,8 +26,9 @@ def secret_of(key: str) -> str:
 class Outcome:
     """The outcome of one request. `state`: open, done, failed or refused; `why` has the reason of the last two. Times
     are seconds from the arrival, as the broker measures them; None for a point that the request never reached.
-    `tpot_s`: seconds per token after the first. `prefill`, `decode`: the instances. Of several choices: the first token
-    of any, the end of the last, the slowest; the instances of the last, and all preemptions."""
+    `tpot_s`: seconds per token after the first. `prefill`, `decode`: the instances. `slo`: its limits. Of several
+    choices: the first token of any, the end of the last, the slowest; the instances of the last, and all preemptions.
+    """
 
     arrival: Arrival
     state: str = "open"
@@ -40,11 +41,20 @@ class Outcome:
     attempts: int = 0
     why: str = ""
     choices: int = 0  # that have ended
+    slo: Slo = Slo()
+
+    @property
+    def slo_result(self) -> str:
+        """How it kept its limits: met, or which it missed (ttft, tpot, both); failed: also if it was refused."""
+        if self.state != "done" or self.ttft_s is None:
+            return "failed"
+        return self.slo.result(self.ttft_s, self.tpot_s)
 
     def ended(self, done: Done, state: str, why: str) -> bool:
         """Add the times and the receipt from the Done of a choice, which ended in this state. Returns whether it is the
         last one."""
         receipt, tokens = done.receipt, done.usage.completion_tokens
+        self.slo = done.slo
         self.choices += 1
         self.jct_s = max(done.jct_s, self.jct_s or 0.0)
         if done.ttft_s is not None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from tetri.metrics import summarise
+from tetri.metrics import percentile, summarise
+from tetri.request import SLO_RESULTS
 from tetri.sim.clients import Outcome
 from tetri.sim.instance import Use
 
@@ -44,6 +46,7 @@ def summary(result: SimResult) -> dict[str, Any]:
         "ttft": _spread(outcome.ttft_s for outcome in done),
         "jct": _spread(outcome.jct_s for outcome in done),
         "tpot": _spread(outcome.tpot_s for outcome in done),
+        "slo": _kept(result.outcomes, lasted),
         "makespan_s": lasted,
         "requests_per_s": len(done) / lasted if lasted else None,
         "output_tokens_per_s": tokens / lasted if lasted else None,
@@ -61,6 +64,21 @@ def _spread(values: Iterable[float | None]) -> dict[str, float] | None:
         return None
     made = summarise(there)
     return {share: getattr(made, share) for share in SHARES}
+
+
+def _kept(outcomes: list[Outcome], lasted: float) -> dict[str, Any]:
+    """How the requests kept their limits of latency, of which the medians are shown: `attainment` is the share that
+    kept both, `goodput_per_s` their number per second. A refused request has not."""
+    results = Counter(outcome.slo_result for outcome in outcomes)
+    limits = [(outcome.slo.ttft_s, outcome.slo.tpot_s) for outcome in outcomes if outcome.state != "refused"]
+    ttft_s, tpot_s = ([*filter(None, values)] for values in zip(*limits, strict=True)) if limits else ([], [])
+    return {
+        "ttft_s": percentile(ttft_s, 0.5) if ttft_s else None,
+        "tpot_s": percentile(tpot_s, 0.5) if tpot_s else None,
+        "attainment": results["met"] / len(outcomes),
+        "goodput_per_s": results["met"] / lasted if lasted else None,
+        "results": {name: results[name] for name in SLO_RESULTS},
+    }
 
 
 def _counted(whys: Iterable[str]) -> dict[str, int]:
@@ -100,6 +118,7 @@ def table(made: dict[str, Any]) -> str:
         f"makespan  {_shown(made['makespan_s'])} s, {_shown(made['requests_per_s'])} requests/s,"
         f" {_shown(made['output_tokens_per_s'])} output tokens/s, {made['preempted_requests']} requests preempted"
     )
+    lines.append(_limits(made["slo"]))
     lines += [f"{count} x {why}" for why, count in made["why"].items()]
     lines += ["", *_instances(made["instances"])]
     if "faults" in made:
@@ -107,6 +126,13 @@ def table(made: dict[str, Any]) -> str:
     if "run" in made:
         lines += ["", f"simulated in {made['run']['wall_s']:.1f} s, {made['run']['peak_rss_mb']:.0f} MB"]
     return "\n".join(lines)
+
+
+def _limits(slo: dict[str, Any]) -> str:
+    missed = ", ".join(f"{count} {name}" for name, count in slo["results"].items() if count and name != "met")
+    limits = f"ttft {_shown(slo['ttft_s'])}, tpot {_shown(slo['tpot_s'])} (medians)"
+    kept = f"{slo['attainment']:.1%} kept, goodput {_shown(slo['goodput_per_s'])} requests/s"
+    return f"limits    {limits}: {kept}{f'; missed: {missed}' if missed else ''}"
 
 
 def _instances(rows: list[dict[str, Any]]) -> list[str]:

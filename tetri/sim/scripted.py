@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import repeat
 
 from tetri.cost import Cost
@@ -69,8 +69,10 @@ class Scripted(Paged):
 
     def _turn(self, slot: Slot) -> None:
         prefill = self._scripts.get(slot.key)
+        if prefill is not None:
+            prefill.slot = replace(slot)  # as it is now: its state is reported by that, then `run` drops this script
         super()._turn(slot)
-        if prefill is not None:  # `run` drops the one of the prefill
+        if prefill is not None:
             script = self._scripts[slot.key] = Script(prefill.text, slot)
             if self.estimates_lengths:
                 script.move_to(slot.known - slot.request.output_from + 1)

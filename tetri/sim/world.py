@@ -56,6 +56,7 @@ class World:
             for number in range(getattr(setup, role)):
                 self._add_worker(f"{role[0]}{number}", role)
         self._steps = 0
+        self.stopped = False
 
     # ------------------------------------------------------------ the parts
 
@@ -153,12 +154,20 @@ class World:
     # ------------------------------------------------------------ the run
 
     def run(self) -> SimResult:
-        """Run until every request is answered and all resources are free. Raises SimError if the requests are invalid,
-        PromiseBroken if a guarantee is violated."""
+        """Run until every request is answered and all resources are free, or until `stop`. Raises SimError if the
+        requests are invalid, PromiseBroken if a guarantee is violated."""
         self._start()
         self.kernel.run()
-        self.check()
+        if self.stopped:
+            self._check_cores()
+        else:
+            self.check()
         return self._result()
+
+    def stop(self) -> None:
+        """End the run with requests open, from `progress`. Only the promises of the end of a run are not checked."""
+        self.stopped = True
+        self.kernel.stop()
 
     def _start(self) -> None:
         self.broker.start()
@@ -213,13 +222,16 @@ class World:
         self.broker.core.tick(self.kernel.now + UNBOUNDED)  # removes ended requests from the table
         if self.broker.core.table.requests:
             raise PromiseBroken(f"{len(self.broker.core.table.requests)} requests are left in the broker's table")
-        for node in (self.broker, self.monitor, *self.workers.values()):
-            node.core.check()
+        self._check_cores()
         for iid, worker in self.workers.items():
             left = worker.leftovers()
             if any(left):
                 raise PromiseBroken(f"{iid} has not given everything back: {left}")
         self._check_tokens()
+
+    def _check_cores(self) -> None:
+        for node in (self.broker, self.monitor, *self.workers.values()):
+            node.core.check()
 
     def _check_tokens(self) -> None:
         wanted = self._tokens_of(self.clients.outcomes)

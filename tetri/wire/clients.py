@@ -141,7 +141,8 @@ class Delta(Record, tag="delta", frozen=True):
 class Done(Record, tag="done", frozen=True):
     """The last message of a choice; a request has ended when all its choices have. `reason`: stop, length, cancelled,
     deadline or error; `error` explains the last. `timeline`: seconds spent in each stage, which add up to `jct_s`.
-    `ttft_s`: None if there was no token."""
+    `ttft_s`: None if there was no token. `slo`: its limits of latency. `slo_result`: met; ttft, tpot or both: the
+    limits that it missed; failed: it ended by an error or its deadline; "": cancelled before it had missed any."""
 
     rid: Name
     reason: str
@@ -152,6 +153,8 @@ class Done(Record, tag="done", frozen=True):
     receipt: Receipt
     error: str | None = None
     choice: Count = 0
+    slo: Slo = Slo()
+    slo_result: str = ""
 
 
 class InstanceStatus(Record, frozen=True):
@@ -184,7 +187,8 @@ class MonitorStatus(Record, frozen=True):
 
 
 class Status(Record, tag="status", frozen=True):
-    """The state of the cluster. `counters`: the broker's own, by name, since its start."""
+    """The state of the cluster. `counters`: the broker's own, by name, since its start. `slo`: the limits of latency of
+    a request that names none. `slo_requests`: how many choices kept theirs, by `slo_result`, since its start."""
 
     instances: list[InstanceStatus]
     requests: dict[str, int]  # stage -> number of open requests in it
@@ -192,6 +196,8 @@ class Status(Record, tag="status", frozen=True):
     model: str
     monitor: MonitorStatus | None = None  # None: no cluster view has arrived since the broker's start
     notes: list[str] = []  # one line for people on each thing that works worse than it should
+    slo: Slo = Slo()
+    slo_requests: dict[str, Count] = {}
 
 
 class Observation(Record, tag="observation", frozen=True):

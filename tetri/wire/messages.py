@@ -35,11 +35,23 @@ class Hold(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
     outputs: Count
 
 
+class CostTable(Record, frozen=True):
+    """The seconds of a worker's engine steps (docs/cost.md). `prefill`: [tokens of a chunk, seconds], `decode`:
+    [requests of a batch, seconds], in ascending order. `prefill_start_s`: added per token of the chunk and token before
+    it in its prompt; `decode_context_s`: added per token of context in the batch."""
+
+    prefill: list[list[float]]
+    decode: list[list[float]]
+    prefill_start_s: float = 0.0
+    decode_context_s: float = 0.0
+
+
 class Ready(Record, tag="ready", frozen=True):
-    """Registers a worker; the answer is a Membership that lists it."""
+    """Registers a worker; the answer is a Membership that lists it. `cost`: what its steps take; None: not measured."""
 
     instance: Instance
     load: Load
+    cost: CostTable | None = None
 
 
 class Heartbeat(FromWorker, tag="heartbeat", frozen=True):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from msgspec import Struct
 
-from tetri.request import Count, Name, Receipt, Record, Stage
+from tetri.request import Count, Name, Receipt, Record, Slo, Stage
 
 # ---- workers -> broker, in Heartbeat and Tokens
 
@@ -145,6 +145,8 @@ class Ended(Record, frozen=True):
     attempts: Count
     prefill: Name = ""
     decode: Name = ""
+    slo: Slo = Slo()
+    slo_result: str = ""
 
 
 class ClusterEvent(Struct, frozen=True, array_like=True, forbid_unknown_fields=True):
@@ -187,8 +189,9 @@ class StepSpan(Struct, frozen=True, array_like=True, gc=False, forbid_unknown_fi
 
 class Timeline(Record, tag="timeline", frozen=True):
     """All that is known of how a choice was served. Times are in seconds since the request's arrival, which was
-    `age_s` seconds ago. `reason`: None while it is open. `tpot_s`: as in Ended, or so far. `left_out`: events and steps
-    that were not kept, and tokens that were sent again, whose steps are not known."""
+    `age_s` seconds ago. `reason`: None while it is open. `tpot_s`: as in Ended, or so far. `slo`, `slo_result`: as in
+    Done; "" while it is open. `left_out`: events and steps that were not kept, and tokens that were sent again, whose
+    steps are not known."""
 
     rid: Name
     choice: Count
@@ -208,3 +211,5 @@ class Timeline(Record, tag="timeline", frozen=True):
     events: list[TraceEvent] = []
     steps: list[StepSpan] = []
     left_out: Count = 0
+    slo: Slo = Slo()
+    slo_result: str = ""

@@ -9,7 +9,7 @@ from itertools import zip_longest
 import msgspec
 from msgspec import Struct
 
-from tetri.request import Count, Name, Stage
+from tetri.request import Count, Name, Slo, Stage
 from tetri.wire.clients import Done
 from tetri.wire.observation import StageSpan, StepSpan, Timeline, TraceEvent
 
@@ -48,6 +48,7 @@ class Facts(Struct, frozen=True, array_like=True):
     moves: list[Moved]
     events: list[ReportedEvent]
     left_out: Count
+    slo: Slo
 
 
 class Packed(Struct, frozen=True, gc=False):
@@ -75,7 +76,8 @@ def pack_step(step: StepSpan) -> bytes:
 
 def pack(facts: Facts, steps: Steps) -> Packed:
     """An ended choice in bytes."""
-    return Packed(_encoder.encode(facts), b"".join(steps), len(steps))
+    exact = bytes(memoryview(_encoder.encode(facts)))  # the encoder's own bytes have space that is not used
+    return Packed(exact, b"".join(steps), len(steps))
 
 
 def unpacked(packed: Packed, now: float) -> Timeline:
@@ -105,6 +107,8 @@ def timeline(facts: Facts, steps: Steps, count: int, now: float) -> Timeline:
         events=_events(facts.events, arrival),
         steps=_step_spans(steps, count, arrival),
         left_out=facts.left_out,
+        slo=facts.slo,
+        slo_result="" if done is None else done.slo_result,
     )
 
 

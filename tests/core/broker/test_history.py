@@ -3,7 +3,7 @@
 import pytest
 
 from tetri.core.broker.history import ENDS, EVENTS, MOVES, History
-from tetri.request import Receipt, Stage, Usage
+from tetri.request import Receipt, Slo, Stage, Usage
 from tetri.wire.clients import Done
 from tetri.wire.observation import ClusterEvent, Ended, Move
 
@@ -15,6 +15,8 @@ DONE = Done(
     ttft_s=0.5,
     jct_s=2.5,
     receipt=Receipt(prompt_tokens=8, attempts=2),
+    slo=Slo(tpot_s=0.25),
+    slo_result="tpot",
 )
 
 
@@ -27,6 +29,7 @@ def test_it_tells_all_since_a_serial_with_its_age():
     history.moved("r1", Stage.DONE, "", 2, 5, 12.0)
     found = history.since(first, 13.0)
     ended = {"ttft_s": 0.5, "tpot_s": 0.5, "jct_s": 2.5, "prompt_tokens": 8, "outputs": 5, "attempts": 2}
+    ended |= {"slo": Slo(tpot_s=0.25), "slo_result": "tpot"}
     assert found.moves == [Move("r1", Stage.DONE, "", 1.0, 2, 5)]
     assert found.ended == [Ended(rid="r1", reason="stop", age_s=1.0, prefill="p1", decode="d1", **ended)]
     assert found.events == [ClusterEvent("lost", "p1", 2.0, "silent")]

@@ -362,6 +362,14 @@ def test_the_next_attempt_avoids_the_instances_whose_kv_could_not_be_moved(avoid
     assert assign.avoid == [*dict.fromkeys([*avoid, "d1", "d2"])]
 
 
+def test_a_retry_goes_to_another_prefill_instance_than_the_one_that_gave_it_up():
+    """Whatever their load: there it might only be given up again."""
+    told = begin([])
+    for attempt, (gave_up, goes) in enumerate([("p1", "p2"), ("p2", "p1")], 1):
+        actions = told.tell(failed(gave_up, RID, retry=True, attempt=attempt))
+        assert assigned(actions) == [(goes, RID, attempt + 1)]
+
+
 class Unreadable:
     """p1, whose KV no decode instance could read, and p2. Requests are named by their number."""
 

@@ -6,7 +6,7 @@ from tetri.core.broker.measures import BOUNDS, LABELS, Buckets, Meters
 from tetri.request import Receipt, Usage
 from tetri.wire.clients import Done
 
-RECEIPT = Receipt(prompt_tokens=8, adopted=8, recomputed=3, continued=2)
+RECEIPT = Receipt(prompt_tokens=8, local=1, adopted=4, recomputed=3, continued=2)
 DONE = Done(
     rid="r1",
     reason="stop",
@@ -15,6 +15,7 @@ DONE = Done(
     ttft_s=0.75,
     jct_s=2.5,
     receipt=RECEIPT,
+    slo_result="tpot",
 )
 
 
@@ -35,7 +36,8 @@ def test_bounds_ascend():
 def test_an_ended_choice_is_in_each_histogram_that_it_has_a_value_for():
     meters = Meters()
     meters.ended(DONE, 0.4)
-    meters.ended(DONE.changed(reason="cancelled", ttft_s=None, timeline={"queued": 1.0}, jct_s=1.0), None)
+    cancelled = DONE.changed(reason="cancelled", ttft_s=None, timeline={"queued": 1.0}, jct_s=1.0, slo_result="")
+    meters.ended(cancelled, None)
     measures = meters.measures()
     found = {name: (sum(each.counts), each.total) for name, each in measures.histograms.items() if any(each.counts)}
     assert found == {
@@ -50,7 +52,10 @@ def test_an_ended_choice_is_in_each_histogram_that_it_has_a_value_for():
         "stop": 1,
         "cancelled": 1,
     }
-    assert measures.counts["tokens"] == {"prompt": 16, "output": 10, "adopted": 16, "recomputed": 6, "continued": 4}
+    assert measures.counts["slo_requests"] == {"met": 0, "ttft": 0, "tpot": 1, "both": 0, "failed": 0}
+    assert measures.counts["tokens"] == {
+        **{"prompt": 16, "output": 10, "local": 2, "adopted": 8, "recomputed": 6, "continued": 4},
+    }
 
 
 def test_every_label_is_there_from_the_start():
@@ -67,7 +72,6 @@ def test_measures_do_not_change_once_they_are_taken():
 
 def test_every_label_is_counted_from_the_start():
     counts = Meters().measures().counts
-    assert counts["role_changes"].keys() == {
-        "prefill>decode", "prefill>mixed", "decode>prefill", "decode>mixed", "mixed>prefill", "mixed>decode",
-    }  # fmt: skip
+    roles = ("prefill", "decode", "mixed", "auto")
+    assert counts["role_changes"].keys() == {f"{was}>{role}" for was in roles for role in roles if was != role}
     assert all(labels and not any(labels.values()) for labels in counts.values())

@@ -68,9 +68,9 @@ def test_each_degraded_mode_of_an_instance_is_a_line(served, event, note):
 )
 def test_a_cost_table_that_is_wrong_by_more_than_half_is_named_until_its_worker_is_lost(served, ratio, noted):
     served.tell(heartbeat("d1", role="decode", step_ratio=ratio))
-    why = "It is of another machine, or this one has other work; tetri-cli profile makes a table"
+    why = "predictions are corrected. It is of another machine, or this one has other work"
     assert served.status().notes == [
-        f"d1: {phase} steps take {factor} times as long as its cost table (engine.cost) predicts. {why}"
+        f"d1: {phase} steps take {factor} times as long as its cost table (engine.cost) predicts; {why}"
         for phase, factor in noted.items()
     ]
     assert {each.iid: each.step_ratio for each in served.status().instances} == {"d1": ratio, "p1": StepRatio()}

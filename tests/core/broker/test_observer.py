@@ -250,6 +250,7 @@ def test_an_end_has_what_its_done_says(served):
         attempts=1,
         prefill="p1",
         decode="d1",
+        slo_result="met",
     )
     last = observe(served).ended[1]
     assert (last.reason, last.ttft_s, last.tpot_s, last.prefill, last.decode) == ("deadline", None, None, "p1", "")

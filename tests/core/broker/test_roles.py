@@ -143,7 +143,7 @@ def test_who_asks_otherwise_meanwhile_wins(told):
     "before, iid, role, why",
     [
         ([], "x", "decode", "there is no instance 'x', only d1, d2, p1, p2"),
-        ([], "d1", "tea", "there is no role 'tea': give prefill, decode or mixed"),
+        ([], "d1", "tea", "there is no role 'tea': give prefill, decode, mixed or auto"),
         ([PeerDown("d1")], "d1", "prefill", "d1 is lost (connection lost): only a live instance changes its role"),
         (
             [PeerDown("d2"), ready("d3", "decode", fingerprint=fingerprint(dtype="f32")), PeerUp("d3")],

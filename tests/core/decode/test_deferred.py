@@ -328,15 +328,15 @@ def test_the_next_one_is_deferred_again_with_each_heartbeat():
 # ---------------------------------------------------------------- on offer to itself
 
 
-def test_an_instance_that_does_both_defers_its_own_prompts():
+def test_an_instance_that_does_both_defers_its_own_prompts_of_several_choices():
     told = working("m1", slots=11)
     told.tell(offer("x", prompt=12, src="d9"))
     told.step()
-    told.tell(assign("a", prompt=12))
+    told.tell(assign("a", prompt=12, siblings=["b"]))
     told.step()
     told.step()
     load = told.load()
-    assert (load.deferred_blocks, load.stalled, load.waiting) == (3, True, 2)
+    assert (load.deferred_blocks, load.stalled, load.waiting) == (6, True, 3)
     assert not sent(told.later(5.0), kind=Defer), "it is told so directly"
     told.tell(close("x"))
     for _ in range(3):

@@ -2,13 +2,25 @@
 
 import pytest
 
-from tests.core.build import chunk, close, drop, fingerprint, instance, membership, offer, reach
+from tests.core.build import (
+    capacity,
+    chunk,
+    close,
+    drop,
+    fingerprint,
+    instance,
+    membership,
+    offer,
+    reach,
+)
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import BROKER, CancelRequest, RequestRejected
 from tetri.policy.rules import Rules
+from tetri.request import LengthRange
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.handover import Grant, Landed, Refuse
+from tetri.wire.handover import Drop, Grant, Landed, Offer, Refuse
+from tetri.wire.messages import Close
 
 KEY = "d:r:1:p1:1"
 
@@ -179,3 +191,85 @@ def test_closing_in_every_stage(told, until):
     assert not told.tell(close("r", attempt=0))
     assert kinds(told.tell(close("r"))) == ([] if until == "ended" else ["CancelRequest"])
     assert free(told) == 10 and not told.holds()
+
+
+# ---------------------------------------------------------------- requests that stay
+
+
+def at_home(offer_made, *before):
+    """The hand-overs of an instance that does both, on which a prefill of such an offer runs."""
+    told = working("m1", capacity=capacity(blocks=12, context=48))
+    told.tell(*before)
+    told.core.ledger.allocate("p", offer_made.blocks)
+    return told, told.core.hand_overs
+
+
+def load_of(told):
+    """Without a check of the whole worker, which knows of no such prefill."""
+    return told.core.reporter.load()
+
+
+HERE = offer("r", prompt=8, src="m1", length=LengthRange(low=4, high=6))
+
+
+@pytest.mark.parametrize(
+    "before, says, refused",
+    [
+        ([], [], False),
+        ([offer("x", prompt=40, src="d9")], [], False),  # it needs no memory of its own
+        ([offer("r", prompt=8, attempt=0, src="d9")], ["CancelRequest"], False),
+        ([offer("r", prompt=8, attempt=1, src="d9")], None, True),
+        ([offer("r", prompt=8, attempt=2, src="d9")], None, True),
+    ],
+    ids=["alone", "beside a large one", "after an earlier attempt", "after the same", "after a later one"],
+)
+def test_one_may_stay_unless_it_is_here_already(before, says, refused):
+    told, hand_overs = at_home(HERE, *before)
+    found = hand_overs.stay(HERE)
+    assert (found is None) == refused
+    if found is not None:
+        assert (found[0], kinds(found[1])) == ("d:r:1:m1:1", says)
+
+
+@pytest.mark.parametrize("changes", [{"blocks": 3}, {"max_tokens": 99}, {"fingerprint": fingerprint(dtype="f32")}])
+def test_one_that_can_never_run_here_may_not_stay(changes):
+    told, hand_overs = at_home(HERE)
+    assert hand_overs.stay(offer("r", prompt=8, src="m1", **changes)) is None and load_of(told).waiting == 0
+
+
+def test_one_that_stays_counts_as_waiting_with_its_growth_and_asks_for_no_memory():
+    told, hand_overs = at_home(HERE)
+    before = load_of(told)
+    hand_overs.stay(HERE)
+    load = load_of(told)
+    assert (load.waiting, load.landed, load.growth_blocks) == (1, 0, 2)  # 16 tokens
+    assert (load.free_blocks, load.deferred_blocks) == (before.free_blocks, 0)
+    assert not sent(hand_overs.resend_answers()), "it is granted"
+
+
+def test_once_its_prefill_has_ended_it_waits_for_admission_with_the_blocks_of_its_prompt():
+    told, hand_overs = at_home(HERE)
+    key, _ = hand_overs.stay(HERE)
+    told.core.ledger.hand_on("p", key)
+    (staged,) = sent(hand_overs.land(key, 7), BROKER)
+    assert (staged.rid, staged.stage, staged.peer) == ("r", "waiting", "m1")
+    assert (load_of(told).landed, load_of(told).waiting, load_of(told).free_blocks) == (1, 1, 10)
+    assert kinds(hand_overs.close("r", 1)) == ["CancelRequest"] and load_of(told).free_blocks == 12
+
+
+@pytest.mark.parametrize("event", [close("r"), drop("r", src="m1"), offer("r", prompt=8, attempt=2, src="d9")])
+def test_until_then_whatever_ends_it_leaves_the_memory_to_its_prefill(event):
+    told, hand_overs = at_home(HERE)
+    hand_overs.stay(HERE)
+    match event:
+        case Close():
+            actions = hand_overs.close(event.rid, event.attempt)
+        case Drop():
+            actions = hand_overs.drop(event)
+        case _:
+            actions = hand_overs.offer(event, told.now, None)
+    assert CancelRequest("d:r:1:m1:1") in actions and "p" in told.core.ledger
+    taken = 2 if isinstance(event, Offer) else 0
+    assert load_of(told).free_blocks == 12 - 2 - taken and load_of(told).waiting == bool(taken)
+    refusals = [(message.src, message.attempt) for message in sent(actions, "m1", Refuse)]
+    assert refusals == [("m1", 1)] * bool(taken), "its prefill ends too"

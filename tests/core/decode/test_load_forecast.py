@@ -7,7 +7,7 @@ from tests.core.build import capacity, close, decode_request, identity, offer, u
 from tests.core.driver import working
 from tetri.core.actions import Broken, Step
 from tetri.core.decode.load_forecast import LoadForecast
-from tetri.cost import Cost
+from tetri.cost import CorrectedCost, Cost
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
 
@@ -22,7 +22,8 @@ def span(low, high):
 
 def forecast(**rules):
     rules = Rules(**{"heavy_tokens": 10, **rules})
-    return LoadForecast(identity("d1", "decode", rules=rules, cost=COST, capacity=capacity(max_batch=2)))
+    own = identity("d1", "decode", rules=rules, cost=COST, capacity=capacity(max_batch=2))
+    return LoadForecast(own, CorrectedCost(COST))
 
 
 def request(rid, low=None, high=None, prompt=8, output=(), most=40):

@@ -80,3 +80,16 @@ def test_what_was_counted_wrong_is_found():
     ledger.free -= 1
     with pytest.raises(Broken, match="8 blocks free and 1 reserved, counted 9 and 1"):
         ledger.audit()
+
+
+def test_the_account_of_a_prefill_that_stays_becomes_a_reservation_of_any_size(ledger):
+    assert ledger.reserve(["x"], 4) and ledger.allocate("p", 3)
+    ledger.hand_on("p", "d")
+    assert "p" not in ledger and "d" in ledger and (ledger.free, ledger.reserved) == (3, 7)
+    assert ledger.grantable() == 0 and ledger.crowded(1)
+    ledger.run("d")
+    assert (ledger.free, ledger.reserved) == (3, 4)
+    ledger.grow("d", 4)
+    ledger.close("p")
+    ledger.close("d")
+    assert ledger.free == 6

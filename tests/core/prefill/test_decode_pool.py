@@ -23,8 +23,11 @@ class World:
         own = identity("p1", "prefill", **changes)
         self.peers, self.home, self.number = Peers(own), None, 0
         self.pool = LivePool(own, self.peers)
-        self.pool.home = lambda: self.home
+        self.pool.home = self
         self.membership(*(decoders or BOTH))
+
+    def load(self):
+        return self.home
 
     def membership(self, *instances):
         self.number += 1
@@ -53,7 +56,6 @@ class World:
         chosen = self.pool.choose(made, Need(blocks, blocks, False), refused, Random(1))
         assert chosen is None or self.pool.fits(made)
         return chosen
-
 
     def later(self, *refused, tokens=4, most=8):
         self.pool.refresh()

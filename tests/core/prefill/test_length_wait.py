@@ -6,7 +6,7 @@ import pytest
 from tests.core.build import assign, capacity, close, identity, refuse, update_length
 from tests.core.driver import Working, working
 from tests.core.reading import kinds, only, sent
-from tetri.core.actions import BROKER, LengthKnown, Predict
+from tetri.core.actions import BROKER, Export, LengthKnown, Predict, StayRequest
 from tetri.core.prefill import length_wait as lengths
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthDistribution, LengthRange
@@ -307,6 +307,33 @@ def test_an_answer_at_home_takes_nobody_out_of_the_step_under_way():
     assert told.tell(named(key="p:x:2")) == []
     assert "Tokens > broker" in kinds(told.step()) and late(told) == 0
     assert {key.split(":")[2] for key in told.requests} == {"2"}
+
+
+def test_after_an_answer_during_a_step_a_prompt_that_goes_on_stays_here():
+    """And replaces its first attempt only when the token that this has got in the same step is reported."""
+    told = begin("classifier", iid="m1", capacity=ROOMY, slots=30)
+    told.meet()
+    told.land("x")
+    told.step()
+    told.tell(assign("x", prompt=12, attempt=2, max_tokens=MOST))
+    told.later()
+    assert told.tell(named(key="p:x:2")) == []
+    actions = told.step()
+    assert kinds(actions)[-2:] == ["CancelRequest", "StayRequest"] and not only(actions, Export) and late(told) == 0
+    assert [item.attempt for each in sent(actions, kind=Tokens) for item in each.items] == [1]
+    told.step()
+    assert [key.split(":")[:3] for key in told.requests] == [["d", "x", "2"]]
+
+
+def test_one_that_the_step_ends_is_copied():
+    """No engine lets it stay any more."""
+    told = begin("classifier", iid="m1", capacity=ROOMY, slots=30)
+    told.meet()
+    told.tell(ask(8))
+    told.later()
+    assert told.tell(named()) == []
+    actions = told.step()
+    assert not only(actions, StayRequest) and told.key("a").startswith("d:")
 
 
 def test_an_answer_during_a_step_goes_to_others_at_once():

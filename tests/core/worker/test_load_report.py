@@ -4,11 +4,13 @@ import pytest
 
 from tests.core.build import assign, capacity, close
 from tests.core.driver import working
-from tests.core.reading import only
-from tetri.core.actions import Publish
+from tests.core.reading import only, sent
+from tetri.core.actions import BROKER, Publish
 from tetri.core.worker import load_report
 from tetri.cost import Cost
 from tetri.request import LengthRange, StepRatio
+from tetri.wire.events import PeerUp
+from tetri.wire.messages import CostTable, Ready
 
 
 def test_loads_are_published_again_and_again():
@@ -45,6 +47,16 @@ def test_a_long_queue_is_listed_in_every_few_heartbeats_a_short_one_in_each(monk
     assert listed(8) == [None, None, None, 40] * 2
     told.tell(*[close(f"s{number}") for number in range(29)], close("one"))
     assert listed(2) == [10] * 2
+
+
+def test_a_worker_announces_its_table_if_it_has_one():
+    """Also one whose numbers were whole, as numbers of the other kind: a replay compares them."""
+    whole = Cost(prefill=((1, 2), (10, 3)), decode=((1, 0.5),), prefill_start_s=0.25, decode_context_s=0.125)
+    made = CostTable(prefill=[[1, 2], [10, 3]], decode=[[1, 0.5]], prefill_start_s=0.25, decode_context_s=0.125)
+    for changes, table in (({}, made), ({"compares_steps": False}, None)):
+        (ready,) = sent(working("p1", cost=whole, **changes).tell(PeerUp(BROKER)), kind=Ready)
+        assert ready.cost == table
+        assert table is None or all(type(x) is float for pair in ready.cost.prefill for x in pair)
 
 
 # ---------------------------------------------------------------- step times
@@ -116,6 +128,27 @@ def test_a_step_of_both_phases_counts_for_the_one_that_is_predicted_to_take_long
     told.tell(assign("a", prompt=13))
     steps = [(5 + 0.5 * 3 * 3 * turn) + (2 + 0.25 * (context + 2 + turn)) - 2 for turn in range(4)]
     assert ratios(told, [4 * seconds for seconds in steps])[-1] == StepRatio(**{phase: pytest.approx(4.0)})
+
+
+def test_beside_decodes_whose_time_is_known_a_chunk_gets_the_rest_of_the_step():
+    """Decodes take 3 times what the table says, chunks 5 times: of the 2.0 that a step costs at least, too."""
+    told = decoding()
+    assert ratios(told, [3 * (2 + 0.25 * size) for size in (9, 10, 11)])[-1].decode == pytest.approx(3.0)
+    told.tell(assign("a", prompt=13))
+    steps = [5 * (5 + 0.5 * 3 * 3 * turn) + 3 * 0.25 * (13 + turn) for turn in range(3)]
+    assert ratios(told, [3 * (2 + 0.25 * 12), *steps])[-1] == StepRatio(
+        prefill=pytest.approx(5.0), decode=pytest.approx(3.0)
+    )
+
+
+def test_predictions_are_corrected_by_the_ratios():
+    told = working("m1", **ROOMY)
+    told.running("x", src="d9", prompt=8, max_tokens=200)
+    told.tell(assign("a", prompt=9), assign("b", prompt=13))
+    ratios(told, [5 * (5 + 0.5 * 3 * 3 * turn + 0.25 * (10 + turn)) for turn in range(3)])
+    told.step()
+    load = told.heartbeat().load
+    assert load.queued_s == pytest.approx(5 * STEPS.prompt_s(13, 13 - load.queued_tokens, 4)) and load.queued_s > 0
 
 
 @pytest.mark.parametrize("changes", [{"compares_steps": False}, {"cost": Cost()}])

@@ -89,6 +89,7 @@ class WorkerUnderFire(RuleBasedStateMachine):
         self.core, self.now = Worker(own, Random(1), now=0.0), 0.0
         self.slots, self.free, self.number = slots, list(range(slots)), 0
         self.requests, self.connected, self.done = {}, {BROKER: None}, None
+        self.stays = {}  # prefill leg -> the decode leg that it turns into
         self.offers, self.asked, self.told, self.assigned = [], [], {}, {}
         self.role, self.heartbeat = role, None  # as it said last
         self.offered, self.granted = {}, {}  # by others, and which of it was granted: by rid
@@ -131,11 +132,16 @@ class WorkerUnderFire(RuleBasedStateMachine):
             case say.CancelRequest(key):
                 self.engine.cancel(key)
                 self.requests.pop(key, None)
+                self.stays = {prefill: decode for prefill, decode in self.stays.items() if key not in (prefill, decode)}
                 here = self.requests
                 self.granted = {rid: made for rid, made in self.granted.items() if any(k in here for k in _keys(made))}
             case say.AdmitRequest(key, token, further):
                 self.engine.admit(key, token, further)
                 self.written[key] = len(self.requests[key].tokens) - self.requests[key].output_from + 1
+            case say.StayRequest(key, decode_key):
+                assert key in self.requests and decode_key not in self.requests
+                self.engine.stay(key, decode_key)
+                self.stays[key] = decode_key
             case say.HoldRequest(key, held):
                 assert key in self.requests
                 self.engine.hold(key, held)
@@ -220,7 +226,9 @@ class WorkerUnderFire(RuleBasedStateMachine):
             done, self.done = self.done, None
             for sampled in done.tokens:
                 if sampled.reason or sampled.key.startswith("p:"):
-                    self.requests.pop(sampled.key, None)  # a sibling is not there
+                    ended, stays = self.requests.pop(sampled.key, None), self.stays.pop(sampled.key, None)
+                    if stays is not None and not sampled.reason:  # a sibling is not there
+                        self.requests[stays] = ended
             self.act(self.core.handle(done, self.now))
         if event is not None:
             self.act(self.core.handle(event, self.now))

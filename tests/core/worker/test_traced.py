@@ -135,7 +135,7 @@ def test_a_prompt_that_loses_its_memory_is_computed_again():
 
 def test_a_prompt_that_gives_its_memory_to_a_decode_request_says_so():
     small = {"capacity": capacity(blocks=12, context=48), "slots": 6, "reserve_share": 1.0, "heartbeat_s": 1000.0}
-    told = working("m1", "d1", **small)
+    told = working("m1", "d1", role="prefill", **small)
     told.tell(assign("a", prompt=32, max_tokens=4))
     step(told)
     told.answer("a", refuse)

@@ -8,7 +8,7 @@ from tests.core.driver import working
 from tests.core.reading import added, kinds, only, sent
 from tetri.core import actions as say
 from tetri.core.actions import BROKER, Broken
-from tetri.core.worker.worker import MOST_UNKNOWN
+from tetri.core.worker.unlisted import MOST_UNLISTED
 from tetri.engine_request import StepDone
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Grant, Offer
@@ -135,10 +135,10 @@ def test_what_an_instance_says_that_no_roster_has_told_of_waits_for_the_next(unk
 
 def test_of_too_many_early_messages_the_oldest_are_forgotten():
     told = working("d1")
-    for number in range(MOST_UNKNOWN + 1):
+    for number in range(MOST_UNLISTED + 1):
         told.tell(offer(f"r{number}", prompt=4, src="p3", offer=number + 1))
     answers = sent(told.meet(apart=["p3"]), "p3")
-    assert len(answers) == MOST_UNKNOWN and answers[0].rid == "r1"
+    assert len(answers) == MOST_UNLISTED and answers[0].rid == "r1"
     assert not sent(told.meet(apart=["p3"]), "p3")
 
 
@@ -164,10 +164,11 @@ def test_a_request_may_stay_where_it_was_prefilled_and_no_message_leaves_for_it(
     told = working("m1", **ROOMY)
     told.tell(assign("a", prompt=12, max_tokens=3))
     actions = told.step() + told.step() + told.step()
-    assert not sent(actions, "m1") and added(actions) == ["p:a:1", "d:a:1:m1:1"]
+    assert not sent(actions, "m1") and added(actions) == ["p:a:1"]
+    assert only(actions, say.StayRequest) == [say.StayRequest("p:a:1", "d:a:1:m1:1")]
     actions += told.step()
-    assert [message.stage for message in sent(actions, kind=Staged)] == ["prefill", "moving", "waiting", "decode"]
-    assert (kinds(actions).count("AdmitRequest"), kinds(actions).count("Free")) == (1, 2)
+    assert [message.stage for message in sent(actions, kind=Staged)] == ["prefill", "waiting", "decode"]
+    assert (kinds(actions).count("AdmitRequest"), kinds(actions).count("Export")) == (1, 0)
     assert sent(actions, kind=Tokens)[-1].items[0].end
     assert [stage for _, stage, _ in told.holds()] == ["moving", "done"]
     told.tell(close("a"))
@@ -182,9 +183,9 @@ def test_messages_to_itself_nest_no_deeper_the_more_there_are():
     for number in range(many):
         told.core.handle(assign(f"r{number}", prompt=1, max_tokens=2), 0.0)
     planned = told.later()
-    assert kinds(planned).count("AddRequest") == 2 * many and not sent(planned, "m1")
+    assert kinds(planned).count("StayRequest") == many and not sent(planned, "m1")
     actions = told.step()
-    assert (kinds(actions).count("Adopt"), kinds(actions).count("Free")) == (many, many)
+    assert not only(actions, say.Export)
     assert [message.stage for message in sent(told.later(), kind=Staged)] == ["decode"] * many
 
 
@@ -329,8 +330,9 @@ def test_prompts_that_nobody_else_decodes_stay_when_their_instance_turns_to_deco
 
 
 def blocked():
-    """`a` has eight of twelve blocks here, its first chunk fills the store, and nobody takes it."""
-    told = working("m1", "d1", capacity=capacity(blocks=12, context=48), slots=6, reserve_share=1.0)
+    """`a` has eight of twelve blocks here, its first chunk fills the store, and nobody takes it, nor does this instance
+    by now."""
+    told = working("m1", "d1", role="prefill", capacity=capacity(blocks=12, context=48), slots=6, reserve_share=1.0)
     told.tell(assign("a", prompt=32, max_tokens=4))
     told.step()
     return told
@@ -370,15 +372,15 @@ def test_memory_is_given_up_by_one_that_nobody_has_taken_to_a_lower_id(ask, answ
 
 def test_a_prompt_that_waits_for_slots_of_a_later_one_gives_it_its_memory():
     """Both are on offer to their own instance, which is mixed and alone: `b` has the slots, `a` the memory."""
-    told = working("m1", role="mixed", capacity=capacity(blocks=12, context=48), slots=11, reserve_share=0.5)
-    told.tell(offer("y", prompt=16, src="d9"), assign("b", prompt=24, max_tokens=4))
+    told = working("m1", role="mixed", capacity=capacity(blocks=12, context=48), slots=9, reserve_share=0.5)
+    told.tell(offer("y", prompt=16, src="d9"), assign("b", prompt=8, max_tokens=4, siblings=["b1", "b2", "b3"]))
     while told.run():
         pass
-    told.tell(assign("a", prompt=28, max_tokens=4))
+    told.tell(assign("a", prompt=20, max_tokens=4, siblings=["a1"]))
     while told.run():
         pass
     told.tell(close("y"))
-    assert "CancelRequest" in kinds(told.later()) and told.key("b").startswith("d:")
+    assert say.CancelRequest("p:a:1") in told.later() and told.key("b").startswith("d:")
 
 
 def test_memory_is_not_given_up_when_that_is_not_enough():
@@ -407,12 +409,20 @@ def test_a_deferred_offer_gets_the_memory_of_a_prompt_that_cannot_go_on_from_now
 
 
 def test_a_canary_that_its_own_instance_refuses_is_in_no_step():
-    """Offers of more than all memory are deferred here: the refusal comes while its only chunk is planned."""
-    told = working("m1", role="mixed", capacity=capacity(blocks=12, context=60), slots=30)
-    told.tell(*(offer(rid, 44, offer=5 + n, max_tokens=2, src="d9") for n, rid in enumerate("xyz")))
+    """A later attempt is here: the refusal comes while its only chunk is planned."""
+    told = working("m1", **ROOMY)
+    told.tell(offer("c", prompt=1, attempt=2, src="d9"))
     told.tell(assign("c", prompt=1, max_tokens=2, ignore_eos=True, pinned="m1"))
     assert [each.rid for each in sent(told.later(), kind=Failed)] == ["c"] and told.chunk() == []
     told.step()
+
+
+def test_a_canary_of_its_own_instance_is_decoded_though_all_memory_is_wanted():
+    told = working("m1", role="mixed", capacity=capacity(blocks=12, context=60), slots=30)
+    told.tell(*(offer(rid, 44, offer=5 + n, max_tokens=2, src="d9") for n, rid in enumerate("xyz")))
+    told.tell(assign("c", prompt=1, max_tokens=2, ignore_eos=True, pinned="m1"))
+    actions = told.step() + told.step()
+    assert sent(actions, kind=Tokens)[-1].items[0].end and not only(actions, say.Export)
 
 
 def test_kv_that_is_exported_after_it_began_again_is_freed():
@@ -429,7 +439,7 @@ def test_kv_that_is_exported_after_it_began_again_is_freed():
 
 def test_decodes_that_cannot_go_on_get_the_memory_of_a_prompt_that_cannot_either():
     """`x` runs and has lost its memory; `a` holds blocks, waits for slots, and is on offer nowhere."""
-    told = working("m1", "d1", capacity=capacity(blocks=12, context=48), slots=6, reserve_share=1.0)
+    told = working("m1", "d1", role="prefill", capacity=capacity(blocks=12, context=48), slots=6, reserve_share=1.0)
     told.running("x", prompt=12, max_tokens=20)
     told.tell(assign("a", prompt=28, max_tokens=4))
     told.step()

@@ -62,9 +62,10 @@ class Pair:
     def carry(self, *requests: Request) -> None:
         """Run requests that arrive at the same moment to their ends."""
         by_key = {request.key: request for request in requests}
-        for request in requests:
+        moved = {request.key: request for request in requests if not self.stays(request)}
+        for request in moved.values():
             self.decode.add(request.engine_request("decode"))
-        self.allocate(by_key)
+        self.allocate(moved)
         self.start(requests)
         while any(request.reason is None for request in requests):
             for engine in dict.fromkeys((self.prefill, self.decode)):
@@ -75,6 +76,10 @@ class Pair:
     def start(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.prefill.add(request.engine_request("prefill"))
+
+    def stays(self, request: Request) -> bool:
+        """Whether the decode engine prefills it."""
+        return False
 
     def source(self, request: Request) -> str:
         """The key of the leg that computes its KV."""
@@ -119,11 +124,14 @@ class Pair:
         if first.reason:
             self.decode.cancel(f"d{request.key}")
             return
+        self.arrive(request)
+        self.decode.admit(f"d{request.key}", first.token)
+
+    def arrive(self, request: Request) -> None:
         count = blocks_for(len(request.tokens), BLOCK)
         assert request.blocks_moved == count
         request.sent = self.prefill.digests(self.source(request), 0, count)
         request.arrived = self.decode.digests(f"d{request.key}", 0, count)
-        self.decode.admit(f"d{request.key}", first.token)
 
     def record(self, by_key: dict[str, Request], done: StepDone) -> None:
         for span in done.spans:
@@ -135,6 +143,27 @@ class Pair:
             if token.key[0] == "d":
                 by_key[token.key[1:]].output += token.ids
                 by_key[token.key[1:]].reason = token.reason
+
+
+class Mixed(Pair):
+    """The decode engine prefills every other request, and there it stays."""
+
+    def stays(self, request: Request) -> bool:
+        return int(request.key) % 2 == 0
+
+    def start(self, requests: Sequence[Request]) -> None:
+        super().start([request for request in requests if not self.stays(request)])
+        for request in filter(self.stays, requests):
+            self.decode.add(request.engine_request("prefill"))
+            self.decode.stay(f"p{request.key}", f"d{request.key}")
+
+    def send_chunk(self, request: Request, stop: int) -> None:
+        if not self.stays(request):
+            super().send_chunk(request, stop)
+
+    def arrive(self, request: Request) -> None:
+        if not self.stays(request):
+            super().arrive(request)
 
 
 class Group(Pair):

@@ -4,7 +4,7 @@ same tokens. The one engine is plain vLLM without any connector (reference.py)."
 from __future__ import annotations
 
 import pytest
-from handover import BLOCK, Pair, Request, carry_alone, differences, fill
+from handover import BLOCK, Mixed, Pair, Request, carry_alone, differences, fill
 
 from tetri.engine.base import EngineError
 from tetri.request import Sampling, blocks_for
@@ -37,6 +37,16 @@ def test_all_at_once_float32(float32, prompts, texts):
         assert request.recomputed == 0 and request.sent == request.arrived
         assert text.agrees(request.ids), request.key
     assert sum(request.ids == text.ids for request, text in zip(requests, texts, strict=True)) >= 39
+
+
+def test_some_stay_and_some_move_in_the_same_batches(float32, prompts, texts):
+    """As all that moved do, those that stayed go on from the blocks that their prefill filled."""
+    chosen = range(0, 40, 4)
+    requests = [Request(str(number), prompts[at], GREEDY) for number, at in enumerate(chosen)]
+    Mixed(float32.prefill, float32.decode).carry(*requests)
+    assert [request.blocks_moved == 0 for request in requests] == 5 * [True, False]
+    for request, at in zip(requests, chosen, strict=True):
+        assert request.recomputed == 0 and texts[at].agrees(request.ids), request.key
 
 
 # ---------------------------------------------------------------- these checks can fail

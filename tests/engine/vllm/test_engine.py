@@ -10,7 +10,8 @@ from vllm_process import BLOCK_BYTES, CONTEXT, arguments
 
 from tetri.engine.base import EngineError
 from tetri.engine.vllm.engine import VllmEngine
-from tetri.engine.vllm.setup import check_layout
+from tetri.engine.vllm.setup import VllmSettings, check_layout
+from tetri.engine_request import INVALID, Sampled
 from tetri.request import Sampling
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(400)]
@@ -94,6 +95,36 @@ def test_end_of_sequence(float32, engine):
     assert (requests["stop"].ids, requests["stop"].reason) == ([2], "stop")
     assert (requests["ignored"].ids, requests["ignored"].reason) == ([2] * 8, "length")
     assert 2 not in requests["least"].ids[:4] and len(requests["least"].ids) > 4
+
+
+# ---------------------------------------------------------------- requests that stay
+
+
+def test_requests_that_wait_where_they_were_prefilled_keep_no_other_from_running(float32, engine, model):
+    """More of them than vLLM lets run at a time."""
+    settings = VllmSettings(**arguments(model, "float32", 181))
+    waiting = [f"d{number}" for number in range(settings.max_requests + 8)]
+    for key in waiting:
+        engine.add(engine_request(f"p{key}", "prefill", TOKENS[:4]))
+        engine.stay(f"p{key}", key)
+    tokens: dict[str, int] = {}
+    while len(tokens) < len(waiting):
+        tokens |= {sampled.key: sampled.token for sampled in engine.step().tokens}
+    assert len(set(tokens.values())) == 1
+    request = Request("x", TOKENS[:40], TEXT)
+    Pair(engine, engine).carry(request)
+    assert request.ids == float32.reference.generate(list(TOKENS[:40]), TEXT).ids
+    for key in waiting:
+        engine.cancel(key)
+
+
+def test_nan_ends_one_that_was_to_stay(engine):
+    engine.fill_next(1, 0xFF)
+    engine.add(engine_request("p", "prefill", TOKENS[:40]))
+    engine.stay("p", "d")
+    assert engine.step().tokens == (Sampled("p", (), "error", INVALID),)
+    with pytest.raises(EngineError, match="does not wait for admission"):
+        engine.admit("d", 5)
 
 
 # ---------------------------------------------------------------- what is refused

@@ -94,6 +94,22 @@ def test_output_of_an_earlier_attempt_counts(engine, texts, right):
     assert distance(second.states["dx", 8], first.states["dx", 8]) < NEAR
 
 
+def test_a_request_that_stays_tells_the_same_states(engine, texts):
+    moved, local = Live(engine), Live(engine)
+    ids = moved.serve({"x": texts[2]})["x"]
+    engine.add(engine_request("px", "prefill", texts[2], TEXT))
+    engine.stay("px", "dx")
+    tokens = []
+    while engine.engine_requests():
+        for sampled in local.step(engine).tokens:
+            tokens.append(sampled.token)
+            if sampled.key == "px":
+                engine.admit("dx", sampled.token)
+    assert tokens == ids and {*local.states} == {*moved.states} == {("px", 0), ("dx", 4), ("dx", 8)}
+    for key, row in moved.states.items():
+        assert distance(local.states[key], row) < NEAR
+
+
 def test_a_preempted_leg_tells_each_state_once_and_rightly(engine, texts, right):
     """It is computed again when the other has gone."""
     engine.hook_hidden_states(WRITER_LAYERS, 1)

@@ -8,10 +8,9 @@ from collections.abc import Iterator, Sequence
 import pytest
 from vllm_process import BLOCK_BYTES, EngineProcess, arguments
 
-from tests.engine.contract import CAPACITY
+from tests.engine.contract import CAPACITY, EngineContract
 from tests.engine.driving import adopt_all, computed, engine_request, prompt, run
 from tests.engine.move_contract import MoveContract
-from tests.engine.stay_contract import StayContract
 from tetri.engine_request import StepDone
 from tetri.kv.base import Block, parts
 from tetri.request import Sampling
@@ -58,7 +57,7 @@ def texts() -> dict:
     return {}
 
 
-class TestContract(StayContract, MoveContract):
+class TestContract(EngineContract, MoveContract):
     @pytest.fixture
     def engine(self, small) -> Iterator[Near]:
         made = Near(small)

@@ -12,6 +12,7 @@ from tetri.client import BadRequest, RequestFailed, RequestLost, RequestRefused,
 from tetri.client.frames import Event
 from tetri.proc.gateway.answers import Completions, Model, api_error, failure
 from tetri.proc.gateway.counts import Counts
+from tetri.request import Slo
 from tetri.wire.openai import ApiError, read_chat, read_completion
 
 MODEL = Model(["m"], "/m", 100, lambda token: b"t")
@@ -52,7 +53,7 @@ def test_an_answer_is_one_body():
     assert body["id"] == "cmpl-42" and body["choices"][0]["text"] == "ab" and "tetri" not in body
     assert body["usage"] == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
     assert client.asked[0]["prompt"] == "Hi" and client.asked[0]["default_tokens"] == 5
-    assert client.asked[0]["deadline_s"] is None
+    assert client.asked[0]["deadline_s"] is None and client.asked[0]["slo"] is None
     assert counts.plain()["ignored"] == {"user": 1} and counts.open == 0
 
 
@@ -139,10 +140,24 @@ def test_what_a_client_asks_of_tetri_is_in_headers():
     assert "tetri" in json.loads(events(streamed)[-2]) and "tetri" not in json.loads(events(streamed)[0])
 
 
-@pytest.mark.parametrize("given", ["0", "-1", "1.5", "", "soon", "10000000000", "9" * 5000])
-def test_a_deadline_is_a_number_of_milliseconds(given):
-    with pytest.raises(ApiError, match="x-tetri-deadline-ms must be a whole number") as refused:
-        answered(Client(two()), {"prompt": "Hi"}, {"x-tetri-deadline-ms": given})
+@pytest.mark.parametrize(
+    ("headers", "slo"),
+    [
+        ({"x-slo-ttft-ms": "500", "x-slo-tpot-ms": "12.5"}, Slo(ttft_s=0.5, tpot_s=0.0125)),
+        ({"x-slo-tpot-ms": "86400000"}, Slo(tpot_s=86400.0)),
+    ],
+)
+def test_limits_of_latency_are_in_headers_and_hold_for_each_prompt(headers, slo):
+    client = Client(two(), two())
+    answered(client, {"prompt": ["Hi", "Ho"]}, headers)
+    assert [asked["slo"] for asked in client.asked] == [slo, slo]
+
+
+@pytest.mark.parametrize("name", ["x-tetri-deadline-ms", "x-slo-ttft-ms", "x-slo-tpot-ms"])
+@pytest.mark.parametrize("given", ["0", "-1", "1e3", "1.", "", "soon", "inf", "nan", "10000000000", "9" * 5000])
+def test_a_time_in_a_header_is_a_number_of_milliseconds(name, given):
+    with pytest.raises(ApiError, match=f"^{name} must be a number of milliseconds above 0") as refused:
+        answered(Client(two()), {"prompt": "Hi"}, {name: given})
     assert refused.value.status == 400
 
 

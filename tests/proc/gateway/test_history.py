@@ -17,11 +17,13 @@ def test_a_point_is_what_two_observations_differ_in():
     before = observation(
         worker(decode_tokens=100),
         counts={"requests_ended": {"stop": 2, "length": 1}},
+        slo_requests={"met": 2, "ttft": 0},
         histograms={"ttft": histogram(5, 0, 0, 0, total=2.0)},
     )
     now = observation(
         worker(decode_tokens=160),
         counts={"requests_ended": {"stop": 5, "length": 2}},
+        slo_requests={"met": 5, "ttft": 1},
         histograms={
             "ttft": histogram(5, 4, 0, 0, total=8.0),
             "tpot": histogram(0, 0, 1, 0, total=3.25),
@@ -30,7 +32,7 @@ def test_a_point_is_what_two_observations_differ_in():
         },
     )
     (point,) = after(before, now, seconds=2.0).points
-    assert point == Point(5002.0, (1.5, 1.99), (3.25, 3.25), 32.0, 2.0, (0.5, 0.25))
+    assert point == Point(5002.0, (1.5, 1.99), (3.25, 3.25), 32.0, 2.0, (0.5, 0.25), 0.75, 1.5)
 
 
 @pytest.mark.parametrize(("known", "tpot"), [([1.1, 1.3, 1.2], (1.2, 1.298)), ([1.1, 1.3], (1.5, 1.99))])
@@ -46,7 +48,7 @@ def test_percentiles_are_exact_where_all_values_are_known(known, tpot):
 
 def test_what_did_not_happen_is_none():
     (point,) = after(observation(), observation()).points
-    assert point == Point(5001.0, None, None, 0.0, 0.0, None)
+    assert point == Point(5001.0, None, None, 0.0, 0.0, None, None, 0.0)
 
 
 def test_rates_of_an_instance():
@@ -56,21 +58,20 @@ def test_rates_of_an_instance():
         received={"shm": 3000, "stream": 500},
     )
     history = after(observation(before), observation(now), seconds=0.5)
-    assert history.rates == {"d0": Rates(0.5, 3.0, 5000.0, 24)}
+    assert history.rates == {"d0": Rates(0.5, 3.0, 5000.0)}
     assert after(observation(now), observation(now)).rates == {"d0": IDLE}
 
 
-@pytest.mark.parametrize("again", [{"incarnation": 2}, {}])
-def test_a_worker_that_starts_again_has_no_negative_rates(again):
+def test_a_worker_that_starts_again_counts_from_its_start():
     before = worker(decode_tokens=500, decode_steps=100, chunk_space=9, chunk_tokens=9, received={"shm": 1000})
-    history = after(observation(before), observation(worker(decode_tokens=3, decode_steps=2, **again)))
-    assert history.rates == {"d0": IDLE} and history.points[-1].tokens_s == 0
+    history = after(observation(before), observation(worker(decode_tokens=3, decode_steps=2, incarnation=2)))
+    assert history.rates == {"d0": Rates(batch=1.5)} and history.points[-1].tokens_s == 3
 
 
 def test_a_broker_that_starts_again_makes_no_point():
     before = observation(worker(), epoch=1, counts={"requests_ended": {"stop": 9}})
     history = after(before, observation(worker(), epoch=2))
-    assert not history.points and history.rates == {"d0": IDLE}
+    assert not history.points and not history.rates
     history.advance(observation(worker(), epoch=2, counts={"requests_ended": {"stop": 1}}), 102, 5002)
     assert [point.requests_s for point in history.points] == [1.0]
 

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 from live import LiveCluster, wait_until
+from prometheus_client.parser import text_string_to_metric_families as parse
 
 from tetri.net import descriptors
 from tetri.net.errors import NetError
 from tetri.proc import gateways
 from tetri.proc.gateway import process
 from tetri.proc.gateway.counts import Counts
+from tetri.request import Slo
 
 SLOW = ["engine.cost=cpu-smollm2.toml", "emulated.time_scale=0.1"]  # steps that take time, so that answers last
 LONG = {"prompt": "Hello", "max_tokens": 8000, "stream": True, "ignore_eos": True}
@@ -58,6 +60,52 @@ def test_what_is_served(cluster):
     assert json.loads(ask(cluster, "/tokenize", {"prompt": "Hi"})[2])["tokens"] == [72, 105]
     assert json.loads(ask(cluster, "/detokenize", {"tokens": [72, 105]})[2]) == {"prompt": "Hi"}
     wait_until(lambda: ask(cluster, "/ready")[0] == 200, "the cluster is not ready")
+
+
+def counted(cluster, name):
+    """What the gateway's metric `name` has counted, by its label, once the broker has told it of all ends."""
+    with cluster.client() as client:
+        wait_until(lambda: not client.status()["requests"], "requests are open")
+        ends = sum(client.observe()["measures"]["counts"]["requests_ended"].values())
+
+    def read(name):
+        text = ask(cluster, "/metrics")[2].decode()
+        return {s.labels[key]: s.value for f in parse(text) for s in f.samples if s.name == name for key in s.labels}
+
+    wait_until(lambda: sum(read("tetri_requests_ended_total").values()) == ends, "the gateway has not asked since then")
+    return read(name)
+
+
+def test_limits_of_latency_are_named_in_headers_and_metrics_equal_the_receipts(cluster):
+    names = ("tetri_slo_requests_total", "tetri_tokens_total")
+    before = [counted(cluster, name) for name in names]
+    limits = [("1e3", "1"), ("0.001", "3600000"), ("3600000", "0.001"), ("0.001", "0.001"), ("3600000", "3600000")]
+    body, told = {"prompt": "Hello", "max_tokens": 3, "ignore_eos": True}, []
+    for ttft, tpot in limits:
+        headers = {"X-SLO-TTFT-Ms": ttft, "X-SLO-TPOT-Ms": tpot, "X-Tetri-Receipt": "1"}
+        status, _, answer = ask(cluster, "/v1/completions", body, **headers)
+        if ttft == "1e3":
+            says = "x-slo-ttft-ms must be a number of milliseconds above 0 and at most 86400000, got '1e3'"
+            assert (status, json.loads(answer)["error"]["message"]) == (400, says)
+            continue
+        told += json.loads(answer)["tetri"]["choices"]
+    assert [each["slo_result"] for each in told] == ["ttft", "tpot", "both", "met"]
+    assert told[0]["slo"] == {"ttft_s": 1e-6, "tpot_s": 3600.0}
+    results, tokens = (
+        {label: now - was[label] for label, now in counted(cluster, name).items()}
+        for name, was in zip(names, before, strict=True)
+    )
+    assert results == {"met": 1, "ttft": 1, "tpot": 1, "both": 1, "failed": 0}
+    kinds = ("local", "adopted", "recomputed", "continued")
+    assert {kind: tokens[kind] for kind in kinds} == {
+        kind: sum(each["receipt"][kind] or 0 for each in told) for kind in kinds
+    }
+    assert tokens["local"] + tokens["adopted"] + tokens["recomputed"] == tokens["prompt"] == 20
+    with cluster.client() as client:
+        made = client.generate("Hello", max_tokens=3, slo=Slo(ttft_s=1e-6))
+        found = client.explain(made.rid)
+    assert (made.slo_result, made.slo.ttft_s, found["slo_result"]) == ("ttft", 1e-6, "ttft")
+    assert made.slo.tpot_s is not None and found["slo"]["tpot_s"] == made.slo.tpot_s  # from the cost table
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -117,7 +117,8 @@ class Traffic:
             findings.wrong.append(f"{name}: its worker did not report its KV, {receipt}")
         if receipt.decode_instance and receipt.chunks:
             silent = receipt.recomputed and not receipt.preempted
-            if silent or (receipt.adopted, receipt.prompt_tokens) != (len(prompt), len(prompt)):
+            reported = receipt.kept + (receipt.recomputed or 0)
+            if silent or (reported, receipt.prompt_tokens) != (len(prompt), len(prompt)):
                 findings.wrong.append(f"{name}: computed again, {receipt}")
         findings.chunks += receipt.chunks or 0
 

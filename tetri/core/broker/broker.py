@@ -19,6 +19,7 @@ from tetri.core.actions import (
     Submitted,
     Undelivered,
 )
+from tetri.core.broker.costs import EMPTY, Costs
 from tetri.core.broker.delivery import ANOTHERS, RETRY_AFTER_S, Delivery, Limits, Problem, refuse
 from tetri.core.broker.lifecycle import Lifecycle
 from tetri.core.broker.membership import Member, Members
@@ -59,7 +60,6 @@ from tetri.wire.messages import (
 
 VIEW = ("view", "")
 SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
-EMPTY = Cost()
 NO_LIMITS = Slo()
 
 
@@ -78,18 +78,19 @@ class Broker:
         chunk_tokens: int = 512,
         slo: Slo = NO_LIMITS,
     ) -> None:
-        """`epoch` identifies this start of the broker. `cost` and `chunk_tokens` predict the prefill time of a prompt,
-        the same for every instance. `slo`: the limits of latency of requests that name none. `now` is in seconds, as in
-        all methods."""
+        """`epoch` identifies this start of the broker. `cost` and `chunk_tokens` predict the prefill time of a prompt;
+        an empty `cost` is replaced by what a worker announces. `slo`: the limits of latency of requests that name none.
+        `now` is in seconds, as in all methods."""
         self.limits, self.model = limits, model
-        self.limiter = Limiter(slo, cost, chunk_tokens)
+        self.costs = Costs(cost, chunk_tokens)
+        self.limiter = Limiter(slo, self.costs.cost, chunk_tokens)
         self.observer = Observer(epoch, limits.timelines_mib)
         self.table = Table(self.observer.moved)
         self.members = Members(epoch)
         self.delivery = Delivery(self.table, limits, rng, self.observer)
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
-        self.lifecycle = Lifecycle(rules, self.members, self.delivery, cost, chunk_tokens, self.timers, self.counters)
+        self.lifecycle = Lifecycle(rules, self.members, self.delivery, self.costs, self.timers, self.counters)
         self.pair_checks = self.lifecycle.pair_checks
         self.flips = Flips(self.members, self.counters, self.observer)
         self.seen: tuple[ClusterView, float] | None = None  # the newest cluster view and its time of arrival
@@ -116,6 +117,7 @@ class Broker:
                 return [*self.flips.want(event, now), *self.lifecycle.place_waiting(now)]
             case ClusterView():
                 self.seen = (event, now)
+                self.members.viewed(event)
                 return self.lifecycle.migrations.plan(event, now)
             case PeerUp():
                 return self._up(event.peer, now)
@@ -131,6 +133,7 @@ class Broker:
                 self.timers.set(VIEW, now + self.limits.heartbeat_s)
                 if not self.table.open:
                     self.check()
+                self.costs.correct(self.members.by_iid.values())
                 actions += [*self.members.prune(now), *self.members.refresh(now)]
             elif what == "silence":
                 actions += self._silent(who, now)
@@ -180,6 +183,7 @@ class Broker:
             self.counters["workers_replaced"] += 1
             why = f"{iid} was restarted"
             actions += [*self.flips.gone(iid, why), *self.lifecycle.restart_all(replaced, "worker_restarted", why, now)]
+        self.costs.announced(self.members.by_iid[iid], event.cost)
         actions += self.flips.role_reported(self.members.by_iid[iid], event.instance.role, now)
         return [*actions, *self.lifecycle.place_waiting(now)]
 
@@ -245,6 +249,7 @@ class Broker:
                 member.held = member.held if event.holds is None else len(event.holds)
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 member.unread_by, member.step_ratio = event.unread_by, event.step_ratio
+                self.costs.compare(member)
                 member.activity = event.activity
                 self.observer.traced(event, member, self.table.choices, now)
                 self.pair_checks.unread(event.iid, event.unread_by)
@@ -411,5 +416,7 @@ class Broker:
             counters=counters,
             model=self.model,
             monitor=monitor,
+            slo=self.limiter.found,
+            slo_requests=dict(self.observer.meters.counts["slo_requests"]),
             notes=notes(instances, monitor, {iid: each.why for iid, each in self.lifecycle.breaker.failing.items()}),
         )

@@ -12,10 +12,20 @@ from tetri.core.actions import Action, Detokenize, Detokenized, Release, Reply, 
 from tetri.core.broker.connections import Connections
 from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import TEXT_BYTES, Choice, Request, Table, needed_bytes
-from tetri.request import Sampling, Slo, Stage, Token, Usage, choices_problem, sampling_problem, slo_problem
+from tetri.core.broker.slo import result
+from tetri.request import (
+    MAX_DEADLINE_S,
+    Sampling,
+    Slo,
+    Stage,
+    Token,
+    Usage,
+    choices_problem,
+    sampling_problem,
+    slo_problem,
+)
 from tetri.wire.clients import Accepted, Delta, Done, Refused, Submit
 
-MAX_DEADLINE_S = 1e6
 MAX_ATTEMPTS = 8
 RETRY_AFTER_S = 1.0  # when a client may try again what is refused because too much is open
 SECRET_CHARS = 22  # least characters of a secret: as many as 128 bits have in base64
@@ -163,17 +173,20 @@ class Delivery:
         """Close a choice: append the Done, the last message of its outbox, and send it to watchers too."""
         assert choice.reason is not None
         request = choice.request
+        ttft_s = None if choice.first_at is None else choice.first_at - request.arrival
         self.table.move(choice, _STAGE_OF.get(choice.reason, Stage.DONE), now)
         done = Done(
             rid=request.rid,
             reason=choice.reason,
             usage=Usage(prompt_tokens=len(request.prompt), completion_tokens=len(choice.output)),
             timeline={name: choice.spent[stage] for stage, name in _NAMES if stage in choice.spent},
-            ttft_s=None if choice.first_at is None else choice.first_at - request.arrival,
+            ttft_s=ttft_s,
             jct_s=now - request.arrival,
             receipt=choice.receipt(),
             error=choice.error,
             choice=choice.index,
+            slo=request.slo,
+            slo_result=result(choice, ttft_s, now - request.arrival),
         )
         choice.outbox.end(done)
         self.observer.ended(choice, done, now)

@@ -112,4 +112,6 @@ def _ended(end: Finished, now: float) -> Ended:
         attempts=done.receipt.attempts,
         prefill=end.prefill,
         decode=end.decode,
+        slo=done.slo,
+        slo_result=done.slo_result,
     )

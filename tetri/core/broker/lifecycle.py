@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from tetri.core.actions import Action, Send
 from tetri.core.broker.closes import Closes
+from tetri.core.broker.costs import Costs
 from tetri.core.broker.delivery import Delivery
 from tetri.core.broker.groups import given_up_together, sharing_a_prefill
 from tetri.core.broker.membership import Member, Members
@@ -26,7 +27,6 @@ from tetri.core.broker.suspects import (
     verdict,
 )
 from tetri.core.timers import Timers
-from tetri.cost import Cost
 from tetri.policy.breaker import Breaker
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Stage
@@ -46,7 +46,6 @@ from tetri.wire.messages import (
 )
 
 BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
-TOKEN_S = 1e-6  # seconds per prompt token if the cost table is empty: queues are then compared by their tokens
 LONGEST_S = 10.0  # the longest pause between two requests that try a failing prefill instance again
 VERDICT_S = 1.0  # a worker whose connection broke and that is not back by then has died
 MOST_LOST = 4  # a request ends after so many times `max_attempts`, even if its attempts were lost with their workers
@@ -58,7 +57,7 @@ class Lifecycle:
     and counters.
 
     The routing policy chooses a prefill instance by the predicted seconds of prefill work that are assigned to it and
-    not done; `cost` and `chunk_tokens` predict them. Choices of a request that have no output yet are placed together:
+    not done; `costs` predict them. Choices of a request that have no output yet are placed together:
     one prefill serves them. The `breaker` has the prefill instances whose KV no decode instance could read: while there
     are others, they get a request now and then only."""
 
@@ -67,15 +66,14 @@ class Lifecycle:
         rules: Rules,
         members: Members,
         delivery: Delivery,
-        cost: Cost,
-        chunk_tokens: int,
+        costs: Costs,
         timers: Timers[tuple[str, str]],
         counters: Counter[str],
     ) -> None:
         self.members, self.delivery, self.timers, self.counters = members, delivery, timers, counters
         self.table, self.limits, self.rng = delivery.table, delivery.limits, delivery.rng
         self.observer = delivery.observer
-        self.cost, self.chunk_tokens = cost, chunk_tokens
+        self.costs = costs
         self.closes = Closes(members)
         self.pair_checks = PairChecks(members, self.closes, self.limits.ready_s)
         self.migrations = Migrations(rules.migrate, self.table, members, self.observer, self.closes, counters)
@@ -89,11 +87,11 @@ class Lifecycle:
         lead, request = choices[0], choices[0].request
         tokens = len(request.prompt) + len(lead.output)
         pool = self.members.pool(tokens, self.table.work_ns)
-        work_s = self.cost.prompt_s(tokens, 0, self.chunk_tokens) or tokens * TOKEN_S
-        work_s = min(max(work_s, SHORT_S), LONG_S)
+        work_s = min(max(self.costs.work_s(tokens), SHORT_S), LONG_S)
+        pool.ttft_s = left(lead, now).ttft_s or 0.0
         failing = self.breaker.failing if request.avoid else self.breaker.blocked(now)
-        allowed = away_from([*request.avoid, *lost_with(request), *failing], pool)
-        column = self._route(work_s, allowed, self.rng) if pool.iids else None
+        allowed = away_from([*request.avoid, *request.gave_up, *lost_with(request), *failing], pool)
+        column = self._route(work_s * self.costs.cost.prefill, allowed, self.rng) if pool.iids else None
         if column is None:
             beyond = self.members.beyond(tokens) if lead.attempt > 1 else None
             if beyond is not None:
@@ -401,6 +399,7 @@ class Lifecycle:
             return self.end(choice, "error", now, event.why)
         request = choice.request
         request.avoid = [*dict.fromkeys([*request.avoid, *event.avoid])]
+        request.gave_up = [] if event.avoid else [event.iid]
         if event.iid in event.avoid:
             if event.iid not in self.breaker.failing:
                 self.observer.happened("failing", event.iid, event.why, now)

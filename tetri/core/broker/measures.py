@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Sequence
 
-from tetri.request import ROLES, Receipt, Stage
+from tetri.request import ROLES, SLO_RESULTS, Receipt, Stage
 from tetri.wire.clients import Done
 from tetri.wire.observation import Histogram, Measures
 
@@ -41,7 +41,8 @@ LABELS = {
     "requests_refused": ("invalid", "too_long", "too_many_choices", "full", "repeated_key"),
     "retries": ("worker_lost", "worker_restarted", "not_held", "kv_lost", "kv_unread", "given_up"),
     "role_changes": tuple(f"{was}>{role}" for was in ROLES for role in ROLES if was != role),
-    "tokens": ("prompt", "output", "adopted", "recomputed", "continued"),
+    "slo_requests": SLO_RESULTS,
+    "tokens": ("prompt", "output", "local", "adopted", "recomputed", "continued"),
 }
 
 
@@ -75,6 +76,8 @@ class Meters:
         """Measure a choice that has ended. Its TTFT was measured when its first token came."""
         histograms, usage = self.histograms, done.usage
         self.count("requests_ended", done.reason)
+        if done.slo_result:
+            self.count("slo_requests", done.slo_result)
         self._count_tokens(done.receipt, usage.prompt_tokens, usage.completion_tokens)
         for name, seconds in (("tpot", tpot_s), ("jct", done.jct_s)):
             if seconds is not None:
@@ -88,6 +91,7 @@ class Meters:
         tokens = self.counts["tokens"]
         tokens["prompt"] += prompt
         tokens["output"] += output
+        tokens["local"] += receipt.local or 0
         tokens["adopted"] += receipt.adopted or 0
         tokens["recomputed"] += receipt.recomputed or 0
         tokens["continued"] += receipt.continued

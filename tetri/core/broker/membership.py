@@ -15,12 +15,13 @@ from tetri.policy.views import PrefillPool
 from tetri.request import DECODE_ROLES, PREFILL_ROLES, PredictorStatus, StepRatio, blocks_for
 from tetri.wire.clients import InstanceStatus
 from tetri.wire.load import Load
-from tetri.wire.messages import FromWorker, Heartbeat, Membership, Ready
+from tetri.wire.messages import ClusterView, FromWorker, Heartbeat, Membership, Ready
 from tetri.wire.observation import Activity
 
 FORGET_S = 600.0  # seconds that a lost worker stays in the status
 SILENCE_S = 0.8  # most seconds between two Memberships: without one for `view_s`, 2 s, a worker registers again
 GATHER_S = 0.05  # least seconds between two Memberships: when many workers come or go at once, one tells of many
+LEAST_SHARE = 0.02  # of its time that prefill gets on an instance, however busy its decodes are
 EMPTY_POOL = PrefillPool()
 NONE_FOUND = Found({}, "")
 
@@ -39,6 +40,7 @@ class Member:
     predictor: PredictorStatus | None = None
     unread_by: dict[str, str] = field(default_factory=dict)
     step_ratio: StepRatio = StepRatio()
+    slowness: float = 1.0  # of its prefill, over the broker's cost table; see Costs
     activity: Activity = Activity()
     clock: ClockOffset = field(default_factory=ClockOffset)
     suspect: bool = False  # its silence timer was due once; see Broker._silent
@@ -73,6 +75,8 @@ class Members:
         self._sorted = False  # the pools are up to date
         self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
+        self._shares: dict[str, float] = {}  # as of the newest view
+        self._decodes: dict[str, int] = {}
         self._decoders: list[Capacity] = []  # of the live ones
         self._largest: dict[str, float] = {}  # phase -> tokens that its largest instance holds; inf: none is live
         self._compatible: dict[str, Compatibility] = {}  # role -> the instances that this role exchanges KV with
@@ -206,8 +210,22 @@ class Members:
         if index == len(self._limits):
             return EMPTY_POOL
         pool = self._pools[index]
-        pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) for iid in pool.iids]
+        pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) * self.by_iid[iid].slowness for iid in pool.iids]
+        if not pool.share:
+            pool.share = [self._shares.get(iid, 1.0) for iid in pool.iids]
+            pool.decodes = [self._decodes.get(iid, 0) for iid in pool.iids]
         return pool
+
+    def viewed(self, view: ClusterView) -> None:
+        """Apply a new view: how much of its time prefill gets on each instance. An instance that keeps to decode is the
+        last to get a prompt."""
+        self._shares = {
+            each.iid: LEAST_SHARE if view.keeps.get(each.iid) == "decode" else max(each.load.share, LEAST_SHARE)
+            for each in view.loads
+        }
+        self._decodes = {each.iid: each.load.running + each.load.waiting for each in view.loads}
+        for pool in self._pools:
+            pool.share = []
 
     def too_long(self, prompt: int, total: int) -> str | None:
         """Why no live instance can hold a request of `prompt` prompt tokens and `total` tokens; None if one can."""

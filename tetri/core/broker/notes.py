@@ -55,7 +55,7 @@ def _of_step_times(iid: str, ratio: StepRatio) -> Iterator[str]:
     for phase, found in (("prefill", ratio.prefill), ("decode", ratio.decode)):
         if found is not None and not 1 / MOST_OFF <= found <= MOST_OFF:
             off = f"{iid}: {phase} steps take {found:.2f} times as long as its cost table (engine.cost) predicts"
-            yield f"{off}. It is of another machine, or this one has other work; tetri-cli profile makes a table"
+            yield f"{off}; predictions are corrected. It is of another machine, or this one has other work"
 
 
 def _of_transfers(instances: list[InstanceStatus]) -> Iterator[str]:

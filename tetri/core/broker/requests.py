@@ -62,6 +62,7 @@ class Request:
     content: bytes = field(kw_only=True)
     choices: list[Choice] = field(default_factory=list)
     avoid: list[str] = field(default_factory=list)  # instances between which KV of earlier attempts could not be moved
+    gave_up: list[str] = field(default_factory=list)  # the prefill instance that gave up the last attempt, if one did
     # The workers that were lost while they held a choice of it, each by iid and incarnation (suspects.py).
     deaths: list[tuple[str, int]] = field(default_factory=list)
     accused: bool = False  # it ends soon as the killer of the last of them, unless that one comes back

@@ -6,7 +6,7 @@ from bisect import bisect_left, insort
 from collections import deque
 
 from tetri.core.broker.requests import Choice
-from tetri.cost import Cost
+from tetri.cost import CorrectedCost, Cost
 from tetri.request import Slo
 
 SEEN = 500  # prompts of the last requests, from which the usual long one is taken
@@ -18,7 +18,7 @@ class Limiter:
     """Finds the limits of a request when it arrives. Where neither the request nor the deployment names one, it follows
     from the cost table: what the prefill of a long prompt, and a decode step after it, take on an idle instance."""
 
-    def __init__(self, deployment: Slo, cost: Cost, chunk_tokens: int) -> None:
+    def __init__(self, deployment: Slo, cost: Cost | CorrectedCost, chunk_tokens: int) -> None:
         self.deployment, self.cost, self.chunk_tokens = deployment, cost, chunk_tokens
         self._prompts: deque[int] = deque()
         self._sorted: list[int] = []
@@ -26,8 +26,14 @@ class Limiter:
     def of(self, asked: Slo, prompt: int) -> Slo:
         """The limits of a request that asks for these, with so many prompt tokens. None: it has no limit."""
         self._see(prompt)
-        ttft_s, tpot_s = asked.ttft_s or self.deployment.ttft_s, asked.tpot_s or self.deployment.tpot_s
-        if ttft_s is None or tpot_s is None:
+        found = self.found
+        return Slo(ttft_s=asked.ttft_s or found.ttft_s, tpot_s=asked.tpot_s or found.tpot_s)
+
+    @property
+    def found(self) -> Slo:
+        """The limits of a request that names none."""
+        ttft_s, tpot_s = self.deployment.ttft_s, self.deployment.tpot_s
+        if self._sorted and (ttft_s is None or tpot_s is None):
             long = self._sorted[int(QUANTILE * (len(self._sorted) - 1))]
             ttft_s = ttft_s or TTFT_TIMES * self.cost.prompt_s(long, 0, self.chunk_tokens) or None
             tpot_s = tpot_s or TPOT_TIMES * self.cost.decode_s(1, long) or None
@@ -49,3 +55,12 @@ def left(choice: Choice, now: float) -> Slo:
     else:
         due = None if slo.tpot_s is None else first_at + slo.tpot_s * len(choice.output)
     return slo.changed(ttft_s=None if due is None else due - now)
+
+
+def result(choice: Choice, ttft_s: float | None, jct_s: float) -> str:
+    """How an ended choice kept its limits: met, or which it missed (ttft, tpot, both). failed: it ended by an error or
+    its deadline. "": its client has cancelled it before it had missed any; it does not count."""
+    if choice.reason in ("error", "deadline"):
+        return "failed"
+    found = choice.request.slo.result(jct_s if ttft_s is None else ttft_s, choice.tpot_s)
+    return "" if choice.reason == "cancelled" and found == "met" else found

@@ -69,4 +69,5 @@ def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:
     if not columns:
         return pool
     last = columns.index(pool.last) if pool.last in columns else -1
-    return PrefillPool([pool.iids[column] for column in columns], [pool.queued_s[column] for column in columns], last)
+    named = ([values[column] for column in columns] for values in (pool.iids, pool.queued_s, pool.share, pool.decodes))
+    return PrefillPool(*named, last, pool.ttft_s)

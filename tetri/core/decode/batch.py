@@ -20,6 +20,8 @@ from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import LengthRange, Token, blocks_for
 from tetri.wire.messages import End, TokenItem
 
+AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
+EARLY = 0.1
 Ended = list[tuple[DecodeRequest, End]]
 
 
@@ -176,14 +178,21 @@ class Batch:
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
 
-    def allowed_s(self, now: float, gain_s: float) -> list[float]:
-        """Return how long the next step may take so that a running request still keeps its limit of TPOT, for each that
-        has one: what it is ahead of its limit, with one more token, and `gain_s` x its limit that it may gain later."""
-        return [
-            request.first_at - now + len(request.tokens) * tpot_s + gain_s
-            for request in self.running.values()
-            if (tpot_s := request.offer.tpot_s) is not None
-        ]
+    def ahead_s(self, now: float, step_s: float, more: float) -> tuple[list[float], list[float]]:
+        """Return how long the next step may take so that a running request keeps its limit of TPOT with its next token,
+        and the same with `more` tokens after it, in steps of `step_s` seconds; for each request that has a limit."""
+        ahead: list[float] = []
+        later: list[float] = []
+        for request in self.running.values():
+            limit_s = request.offer.tpot_s
+            if limit_s is not None:
+                tpot_s = AIMED * limit_s
+                left = request.first_at - now + len(request.tokens) * tpot_s
+                gain = left + more * max(tpot_s - step_s, 0.0)
+                if gain >= step_s:
+                    ahead.append(left + EARLY * (gain - left))
+                    later.append(gain)
+        return ahead, later
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""
@@ -199,7 +208,7 @@ class Batch:
             return 1
         if self._steps_left <= 0:
             self._steps_left = min(map(self.forecast.until_moved, self.running.values()), default=NEVER)
-        step_s = self.own.cost.decode_s(len(self.running), self.forecast.context)
+        step_s = self.forecast.cost.decode_s(len(self.running), self.forecast.context)
         if step_s:
             most = min(most, int(seconds / step_s) + 1)
         return max(min(most, self._steps_left), 1)

@@ -200,9 +200,8 @@ class HandOvers:
         if key in self.by_key or obstacle(offer, self.own.instance.fingerprint, self.own.capacity) is not None:
             return None
         flow = KVInflow(offer.blocks, "none", "")
-        made = DecodeRequest(
-            *(key, offer, flow, 0, offer.length), allocated=True, alone=offer.alone, stays=True, blocks=offer.blocks
-        )
+        made = DecodeRequest(key, offer, flow, length=offer.length, alone=offer.alone, stays=True, blocks=offer.blocks)
+        made.allocated = True
         hand_over = HandOver(key, offer, flow, {0: made}, ready=True)
         self._enter(hand_over)
         self.moving[key], self.requests[key] = hand_over, made

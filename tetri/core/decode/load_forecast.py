@@ -8,8 +8,12 @@ from tetri.core.actions import Broken
 from tetri.core.decode.request import NEVER, DecodeRequest
 from tetri.core.instance.identity import Identity
 from tetri.core.length.estimator import LengthEstimator
+from tetri.cost import CorrectedCost
 from tetri.policy.length import end_of, heavy, moved_up
 from tetri.request import LengthRange, blocks_for
+
+
+LEARNED = 0.05  # weight of the newest output in the mean length of outputs
 
 
 class LoadForecast:
@@ -19,15 +23,17 @@ class LoadForecast:
     heavy     requests that are predicted to be heavy decodes
     growth    blocks that all requests are predicted to need in addition
     left      output tokens that all requests are predicted to write from now on
+    usual_output  mean length of the outputs that have ended here lately, in tokens; 0 before the first
     context   tokens of all prompts and outputs
 
     A request that writes more than its length range gets a new one: with an `estimator`, from requests that got at
     least this far, otherwise the next range of the same width.
     """
 
-    def __init__(self, own: Identity, estimator: LengthEstimator | None = None) -> None:
-        self.own, self.estimator = own, estimator
+    def __init__(self, own: Identity, cost: CorrectedCost, estimator: LengthEstimator | None = None) -> None:
+        self.own, self.cost, self.estimator = own, cost, estimator
         self.requests = self.heavy = self.growth = self.left = self.context = 0
+        self.usual_output = 0.0
 
     def enter(self, request: DecodeRequest) -> None:
         """Add a request and predict it."""
@@ -41,6 +47,10 @@ class LoadForecast:
         self._add(request, -1)
         self.context -= request.size
         self.requests -= 1
+
+    def ended(self, tokens: int) -> None:
+        """Learn from an output that has ended with so many tokens."""
+        self.usual_output += (tokens - self.usual_output) * (LEARNED if self.usual_output else 1.0)
 
     def wrote(self, tokens: int) -> None:
         """Count new output tokens, of whichever requests."""
@@ -82,7 +92,7 @@ class LoadForecast:
         batch = min(self.requests, self.own.capacity.max_batch)
         if not batch:
             return 0.0
-        return self.own.cost.decode_run_s(batch, self.context * batch // self.requests, -(-self.left // batch))
+        return self.cost.decode_run_s(batch, self.context * batch // self.requests, -(-self.left // batch))
 
     def _predict(self, request: DecodeRequest) -> None:
         """Set the predicted ends of a request, at least one token from now. Once it has written more than the end
@@ -118,7 +128,7 @@ class LoadForecast:
     def check(self, requests: Iterable[DecodeRequest]) -> None:
         """Raise Broken when a sum is wrong or a request has written more than predicted."""
         now = (self.requests, self.heavy, self.growth, self.left, self.context)
-        fresh = LoadForecast(self.own)
+        fresh = LoadForecast(self.own, self.cost)
         for request in requests:
             fresh.requests += 1
             fresh.context += request.size

@@ -27,8 +27,8 @@ or twice changes nothing: `next` only grows, and what was voided once stays so (
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from tetri.core.actions import Action, Broken, Export, Exported, Free, HoldRequest, Send
 from tetri.core.decode.batch import Batch
@@ -42,6 +42,16 @@ from tetri.wire.handover import BetweenWorkers, Chunk, Defer, Drop, Grant, Lande
 from tetri.wire.messages import Migrate, NotMigrated, Tokens
 
 FEW_BLOCKS = 1  # it stops when no more full blocks than these are left to export
+
+
+class Slab(Protocol):
+    """The slots of the worker's slab, which its prefill phase counts."""
+
+    def free(self) -> int:
+        """How many are free."""
+
+    def take(self, slots: int) -> None:
+        """Count so many as used."""
 
 
 @dataclass(slots=True, eq=False)
@@ -72,8 +82,7 @@ class Migration:
 
 
 class Migrations:
-    """The migrations from this instance, by the key of the request here. Shares the decode scheduler's batch, and the
-    slots of the worker's slab."""
+    """The migrations from this instance, by the key of the request here. Shares the decode scheduler's batch."""
 
     def __init__(self, own: Identity, peers: Peers, batch: Batch, activity: ActivityLog) -> None:
         self.own, self.peers, self.batch, self.activity = own, peers, batch, activity
@@ -140,12 +149,14 @@ class Migrations:
 
     # ------------------------------------------------------------ between two steps
 
-    def step(self, slots: int, now: float) -> tuple[list[Action], int]:
+    def step(self, slab: Slab) -> list[Action]:
         """Export what is full, and stop the requests of which nearly all has landed. Forget those whose requests have
-        ended. Return the actions, and how many of the `slots` they take. No step exports more than a chunk has blocks,
-        so that the batch does not wait for long."""
+        ended. Call it between two steps of the engine, before the next one is planned. It exports no more blocks than a
+        chunk has, so that the batch does not wait for long."""
         actions: list[Action] = []
-        left = slots = min(slots, blocks_for(self.own.capacity.chunk_tokens, self.own.capacity.block_tokens))
+        if not self.by_key:
+            return actions
+        left = min(slab.free(), blocks_for(self.own.capacity.chunk_tokens, self.own.capacity.block_tokens))
         for migration in [*self.by_key.values()]:
             if not migration.stopped and not self._runs(migration.request):
                 actions += self._forget(migration, "it does not run any more")
@@ -154,8 +165,10 @@ class Migrations:
             elif not migration.stopped:
                 more = self._export(migration, left)
                 actions += more
-                left -= sum(action.stop - action.start for action in more if isinstance(action, Export))
-        return actions, slots - left
+                taken = sum(action.stop - action.start for action in more if isinstance(action, Export))
+                slab.take(taken)
+                left -= taken
+        return actions
 
     def _runs(self, request: DecodeRequest) -> bool:
         running = self.batch.running.get(request.key) is request
@@ -253,8 +266,8 @@ class Migrations:
 
     def repeat(self, now: float) -> list[Action]:
         """Send again, with the heartbeat, what nobody has answered for `offer_s`: the offer, and the chunks. Those of a
-        request that has stopped are all sent, landed ones too: a destination that has lost some of it finds that they are
-        no longer there, and refuses."""
+        request that has stopped are all sent, landed ones too: a destination that has lost some of it finds that they
+        are no longer there, and refuses."""
         actions: list[Action] = []
         for migration in self.by_key.values():
             if migration.why:

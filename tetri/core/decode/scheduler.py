@@ -16,6 +16,7 @@ from tetri.core.instance.identity import Identity
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
+from tetri.cost import CorrectedCost
 from tetri.engine_request import HiddenStateEstimate, StepDone
 from tetri.request import Stage, token_ids
 from tetri.wire.messages import End, Hold, Resend, TokenItem, Tokens
@@ -33,9 +34,10 @@ class DecodeScheduler:
         peers: Peers,
         estimator: LengthEstimator | None,
         activity: ActivityLog,
+        cost: CorrectedCost,
     ) -> None:
         self.own, self.estimator, self.activity = own, estimator, activity
-        self.forecast = LoadForecast(own, estimator)
+        self.forecast = LoadForecast(own, cost, estimator)
         self.batch = Batch(own, ledger, self.forecast, activity)
         self.hand_overs = HandOvers(own, ledger, peers, self.batch, activity)
         self.migrations = Migrations(own, peers, self.batch, activity)
@@ -78,6 +80,8 @@ class DecodeScheduler:
 
     def _finish(self, request: DecodeRequest, end: End) -> None:
         self.hand_overs.leave(request)
+        if end.error is None:
+            self.forecast.ended(request.written)
         if self.estimator is not None and end.error is not None:
             self.estimator.forget(request.offer.rid)
         elif self.estimator is not None and not request.offer.sampling.ignore_eos:

@@ -67,6 +67,10 @@ class Peers:
         """Whether the loads are known."""
         return self._view is not None
 
+    def keeps(self) -> str:
+        """Return the phase that this instance keeps to for now, "" for both."""
+        return "" if self._view is None else self._view.keeps.get(self.own.iid, "")
+
     def loads(self) -> dict[str, InstanceLoad]:
         """Return the newest reports by instance, perhaps of an earlier incarnation."""
         return {each.iid: each for each in self._view.loads} if self._view is not None else {}
@@ -154,4 +158,6 @@ class Peers:
 
     def decoders(self) -> list[Instance]:
         """Return the connected, KV compatible instances that take new decode work."""
-        return [instance for iid, instance in self._decoders.items() if iid in self.up]
+        keeps = {} if self._view is None else self._view.keeps
+        able = [instance for iid, instance in self._decoders.items() if iid in self.up]
+        return [instance for instance in able if keeps.get(instance.iid) != "prefill"] or able

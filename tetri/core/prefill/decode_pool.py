@@ -51,7 +51,7 @@ class LivePool:
 
     def refresh(self) -> None:
         """Update the columns from the newest membership, reports and own load."""
-        load = None if self.home is None else self.home.load()
+        load = None if self.home is None or self.peers.keeps() == "prefill" else self.home.load()
         if self._version != self.peers.version or (load is None) != (self._home_column is None):
             self._build(load)
         elif load is not None and self._home_column is not None:
@@ -181,6 +181,7 @@ class LivePool:
         pool.spare = [left - load.growth_blocks for left, load in zip(pool.free, loads, strict=True)]
         pool.heavy = [load.heavy for load in loads]
         pool.light = [load.waiting + load.running - load.heavy for load in loads]
+        pool.step_s = [load.step_s for load in loads]
         for number, reservation in list(self.reservations.items()):
             report = reports.get(reservation.iid)
             made_at = inf if report is None else self.peers.seen_at - report.age_s
@@ -195,6 +196,7 @@ class LivePool:
         self._member_version = self.peers.member_version
         self._instances = self.peers.decoders()
         self._home_column = len(self._instances) if decodes_here else None
+        self.columns.home = -1 if self._home_column is None else self._home_column
         iids = [instance.iid for instance in self._instances] + [self.own.iid] * decodes_here
         self._column = {iid: column for column, iid in enumerate(iids)}
         self._smallest_blocks = min((instance.capacity.blocks for instance in self._instances), default=0)
@@ -209,6 +211,7 @@ class LivePool:
         pool.spare[column] = pool.free[column] - load.growth_blocks
         pool.heavy[column] = load.heavy
         pool.light[column] = load.waiting + load.running - load.heavy
+        pool.step_s[column] = load.step_s
 
     def _add_load(self, iid: str, need: Need, sign: int) -> None:
         column, pool = self._column.get(iid), self.columns

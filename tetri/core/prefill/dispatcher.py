@@ -42,6 +42,7 @@ class Dispatcher:
         self.peers = peers
         self.offers: dict[int, str] = {}  # open offer -> request key
         self.deferred: dict[int, None] = {}  # those of them that wait for memory
+        self.keeping: dict[str, PrefillRequest] = {}  # those whose KV has slots of the own slab (kv_send.py)
         self.unplaceable: dict[str, PrefillRequest] = {}  # too large for every connected decode instance
         self._unplaced: list[tuple[int, str]] = []  # turn and key, sorted; may contain requests that are placed or gone
         self._targets: dict[str, dict[int, None]] = {}  # instance -> open offers
@@ -68,6 +69,11 @@ class Dispatcher:
         if same or request.flow.offer is None:
             return []
         return [Send(request.flow.target, LengthUpdate(**self.address(request), length=length))]
+
+    @property
+    def decodes_here(self) -> bool:
+        """Whether this instance decodes too."""
+        return self.pool.home is not None and self.pool.home.load() is not None
 
     def stalled(self) -> bool:
         """Return whether a started request waits for memory of a decode instance."""
@@ -133,7 +139,7 @@ class Dispatcher:
 
         A retry helps on another prefill instance, or here behind the requests that this one `holds_up`. Otherwise the
         request waits for `patience_s`: retries on this instance would only use up its attempts."""
-        own, decodes = self.own, self.pool.home is not None and self.pool.home.load() is not None
+        own, decodes = self.own, self.decodes_here
         found: list[tuple[PrefillRequest, str, bool]] = []
         for request in self.unplaceable.values():
             assert request.unplaceable_since is not None
@@ -195,8 +201,8 @@ class Dispatcher:
     def _stay(self, request: PrefillRequest, decode_key: str) -> list[Action]:
         """Let a request decode here, without a copy of its KV. What has left the engine already is of no use."""
         self.activity.happened("granted", request.lead, self.own.iid)
-        freed = [Free(handle) for handle in request.flow.drain()]
-        request.flow.stay(decode_key)
+        self.keeping.pop(request.key, None)
+        freed = [Free(handle) for handle in request.flow.stay(decode_key)]
         return [StayRequest(request.key, decode_key), *freed]
 
     def request_of(self, answer: BetweenWorkers) -> PrefillRequest | None:
@@ -255,7 +261,7 @@ class Dispatcher:
         that the decode instance keeps it."""
         self.pool.refresh()
         need = self._need(request)
-        if self.peers.informed and self.pool.has_memory(need.blocks):
+        if self.peers.informed:
             others = [request.flow.target, *self._excluded(request, now)]
             better = self.pool.choose(request, need, others, self.rng)
             if better is not None:

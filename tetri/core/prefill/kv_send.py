@@ -43,12 +43,12 @@ class KVSend:
     """Accounts for the slots of the own slab.
 
     used       slots that hold KV, are reserved for a pending `Export`, or are not free again yet
-    keeping    the requests that these slots belong to, by key
+    keeping    the requests that these slots belong to, by key; the dispatcher's
     """
 
     def __init__(self, own: Identity, dispatcher: Dispatcher, activity: ActivityLog) -> None:
         self.own, self.dispatcher, self.activity = own, dispatcher, activity
-        self.keeping: dict[str, PrefillRequest] = {}
+        self.keeping = dispatcher.keeping
         self.used = 0
 
     def spare(self) -> Spare:
@@ -69,7 +69,11 @@ class KVSend:
         grant_lost = [request for request in keeping if request.flow.grant_lost and request.lacks_memory]
         return max(grant_lost, key=lambda request: request.turn, default=None)
 
-    def taken(self, slots: int) -> None:
+    def free(self) -> int:
+        """Return the slots that running decodes may use, which go on elsewhere: they are granted."""
+        return self.own.slots - self.used
+
+    def take(self, slots: int) -> None:
         """Count slots as used that running decodes export into."""
         self.used += slots
 
@@ -116,10 +120,9 @@ class KVSend:
         """Raise Broken when the slots disagree with the requests, or too many belong to requests without a grant."""
         for request in requests:
             kept = sum(chunk.stop - chunk.start for chunk in request.flow.in_flight.values())
-            if request.decodes and not request.flow.stays and kept + request.flow.landed > request.flow.exported:
+            if request.decodes and kept + request.flow.landed > request.flow.exported:
                 raise Broken(f"{request.key} moved more blocks than it exported")
-        keeping = {key for key, request in self.keeping.items() if not request.flow.stays}
-        if {request.key for request in requests if request.decodes and request.flow.kept} != keeping:
+        if {request.key for request in requests if request.decodes and request.flow.kept} != {*self.keeping}:
             raise Broken(f"slots are kept for others than {list(self.keeping)}")
         waiting = sum(each.flow.kept for each in self.keeping.values() if not each.granted and not each.flow.grant_lost)
         if waiting > self.own.open_slots:

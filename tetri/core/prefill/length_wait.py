@@ -62,6 +62,7 @@ class LengthWait:
         self._chunk_tokens = own.capacity.chunk_tokens
         self.late = 0
         self._handed_over: dict[str, HandedOver] = {}
+        self._places = False  # a length became known in the step under way, or by it
 
     # ------------------------------------------------------------ until it is on offer
 
@@ -98,16 +99,16 @@ class LengthWait:
         self._settle_late(request)
         return self.dispatcher.dispatch(now)
 
-    def stepped(self, planned: Sequence[Span], estimates: Sequence[HiddenStateEstimate], now: float) -> list[Action]:
+    def stepped(self, planned: Sequence[Span], estimates: Sequence[HiddenStateEstimate]) -> list[Action]:
         """Apply the hidden-state estimates of a step. Requests whose prompt is computed now wait no longer, nor do
-        those that the `planned` chunk was to complete and did not."""
-        if not self._predicts:
-            return []
-        requests, waited = self.dispatcher.requests, False
+        those that the `planned` chunk was to complete and did not. `place` offers them."""
         actions: list[Action] = []
+        if not self._predicts:
+            return actions
+        requests = self.dispatcher.requests
         for estimate in estimates:
             if estimate.key in requests:
-                waited |= not requests[estimate.key].predicted
+                self._places |= not requests[estimate.key].predicted
                 actions += self._apply_estimate(requests[estimate.key], estimate)
         for span in planned:
             request = requests.get(span.key)
@@ -117,13 +118,19 @@ class LengthWait:
                 self._settle_late(request)
             elif not self._asks(request):
                 self.dispatcher.settle(request, self._unpredicted(request))
-            waited |= request.predicted
-        return [*actions, *self.dispatcher.dispatch(now)] if waited else actions
+            self._places |= request.predicted
+        return actions
+
+    def place(self, now: float) -> list[Action]:
+        """Offer the requests whose length became known in the last step."""
+        places, self._places = self._places, False
+        return self.dispatcher.dispatch(now) if places else []
 
     # ------------------------------------------------------------ predictions
 
-    def known(self, event: LengthKnown, now: float) -> list[Action]:
-        """Handle the answer to `Predict`."""
+    def known(self, event: LengthKnown, now: float, *, stepping: bool) -> list[Action]:
+        """Handle the answer to `Predict`. While the engine is `stepping`, no request can be made to stay in it: if some
+        could, they are placed after the step."""
         request = self.dispatcher.requests.get(event.key)
         if request is None:
             return self._known_after_hand_over(event)
@@ -139,6 +146,9 @@ class LengthWait:
             self._settle_late(request)
         else:
             self.dispatcher.settle(request, length)
+        if stepping and self.dispatcher.decodes_here:
+            self._places = True
+            return []
         return self.dispatcher.dispatch(now)
 
     def _known_after_hand_over(self, event: LengthKnown) -> list[Action]:

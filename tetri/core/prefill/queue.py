@@ -28,7 +28,7 @@ class Queue:
     started   those of the requests in `line` whose engine request is in the engine, by key
     short     whether the first prompt waits for slots
     tokens    tokens that are still to be computed
-    seconds   the time that this takes, predicted by the cost table
+    seconds   the time that this takes by the cost table; not corrected, so that the sum outlives a new correction
     """
 
     def __init__(self, own: Identity) -> None:

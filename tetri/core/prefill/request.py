@@ -138,11 +138,17 @@ class KVOutflow:
         self.grant_lost, self.moved = self.grant_lost or self.granted, True
         self.offer, self.target, self.granted, self.deferred, self.choices = None, "", False, False, []
 
-    def stay(self, decode_key: str) -> None:
-        """Record that the request decodes on this instance: its KV goes nowhere."""
+    def stay(self, decode_key: str) -> list[Handle]:
+        """Record that the request decodes on this instance: its KV goes nowhere. Return what of it left the engine
+        already, to be freed."""
         self.grant()
         self.stays = decode_key
         self.awaited.clear()
+        return self.drain()
+
+    def stayed(self) -> None:
+        """Record that all KV is there, in the blocks of the decode request."""
+        self.landed = self.exported = self.blocks
 
     def drain(self) -> list[Handle]:
         """Give up all chunks, and return the handles to free."""
@@ -165,7 +171,7 @@ class PrefillRequest:
     queued: QueuedPrompt
     flow: KVOutflow
     goal: int  # tokens of the prompt and of the output of earlier attempts
-    left_s: float = 0.0  # predicted seconds of the remaining prefill
+    left_s: float = 0.0  # seconds of the remaining prefill, by the cost table
     length: LengthRange | None = None
     predicted: bool = True  # False while its offer waits for a length prediction
     answered: bool = True  # False from `Predict` until `LengthKnown`

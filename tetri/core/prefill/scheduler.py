@@ -7,7 +7,7 @@ it again.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
@@ -22,6 +22,7 @@ from tetri.core.prefill.length_wait import LengthWait
 from tetri.core.prefill.queue import Queue, candidates, fill, groups, ran
 from tetri.core.prefill.request import KVOutflow, PrefillChoice, PrefillRequest, choices_of, key_of
 from tetri.core.timers import Timers
+from tetri.cost import CorrectedCost
 from tetri.engine_request import EngineRequest, Sampled, Span, StepDone
 from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
@@ -47,9 +48,10 @@ class PrefillScheduler:
         rng: Random,
         estimator: LengthEstimator | None,
         activity: ActivityLog,
+        cost: CorrectedCost,
     ) -> None:
         own = peers.own
-        self.own, self.ledger, self.activity = own, ledger, activity
+        self.own, self.ledger, self.activity, self.cost = own, ledger, activity, cost
         self.requests: dict[str, PrefillRequest] = {}
         self.choices: dict[str, PrefillRequest] = {}
         self.queue = Queue(own)
@@ -61,6 +63,7 @@ class PrefillScheduler:
         self._attempts: dict[str, dict[str, PrefillChoice]] = {}  # rid -> its attempts here, by key
         self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
+        self.arrived, self.arrived_s = 0, 0.0
 
     @property
     def slots_used(self) -> int:
@@ -96,13 +99,16 @@ class PrefillScheduler:
         self._arrivals += 1
         own, key, prompt, output = self.own, choices[0].key, tuple(message.prompt), tuple(message.output)
         tokens = len(prompt) + len(output)
-        work_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
+        left_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
         due = None if message.deadline_s is None else now + message.deadline_s
-        queued, sampling = QueuedPrompt(key, self._arrivals, tokens, now, work_s, due), message.sampling
+        self.arrived += 1
+        self.arrived_s += left_s * self.cost.prefill
+        queued = QueuedPrompt(key, self._arrivals, tokens, now, left_s * self.cost.prefill, due)
+        sampling = message.sampling
         if choices[0].rid != message.rid:
             sampling = sampling.changed(seed=choices[0].seed)
         request = self.requests[key] = PrefillRequest(
-            *(key, choices, prompt, output, sampling, queued, flow, tokens, work_s),
+            *(key, choices, prompt, output, sampling, queued, flow, tokens, left_s),
             alone=message.alone,
             lost=tuple(message.lost),
             avoid=tuple(message.avoid),
@@ -154,7 +160,7 @@ class PrefillScheduler:
         """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine.
 
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
-        may use the reserve."""
+        may use the reserve. One that stays here needs no slots, and goes on at once."""
         self.budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
         prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
@@ -162,7 +168,17 @@ class PrefillScheduler:
         if self.queue.short and not self.dispatcher.waiting():
             keys = [prompts[0].key]
         fresh = [self.requests[key] for key in keys if not self.requests[key].running]
-        return [action for request in fresh for action in self._start(request, now)]
+        actions = [action for request in fresh for action in self._start(request, now)]
+        if self.queue.short and any(request.flow.stays for request in fresh):
+            self._choose([prompt for prompt in prompts if self.requests[prompt.key].running])
+        return actions
+
+    def in_order(self) -> Iterator[PrefillRequest]:
+        """Yield the queued requests in the order in which their prompts are computed, as far as it is known."""
+        yield from self.queue.started.values()
+        for key in self.queue.first(1):
+            if key not in self.queue.started:
+                yield self.requests[key]
 
     def _choose(self, prompts: list[Progress]) -> None:
         slots, self.expected = self.kv_send.spare(), []
@@ -239,8 +255,8 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ what the step did
 
-    def step_done(self, done: StepDone, now: float, *, strained: bool) -> list[Action]:
-        """Report first tokens, then export the KV blocks that this chunk completed.
+    def step_done(self, done: StepDone, *, strained: bool) -> list[Action]:
+        """Report first tokens, and settle the lengths that the step has shown.
 
         `strained`: memory was short, or the engine computed a preempted decode again, so it may have run more or fewer
         tokens of the chunk than planned. Raise Broken when the engine ran anything else."""
@@ -252,12 +268,19 @@ class PrefillScheduler:
             self.queue.computed(request, span.stop)
             self.activity.computed("chunk", request.lead, span.start, span.stop)
         actions = self._first_tokens(done.tokens)
-        actions += self.lengths.stepped(planned, done.estimates, now)
-        for span in done.spans:
-            actions += self.kv_send.export(self.requests[span.key])
+        actions += self.lengths.stepped(planned, done.estimates)
         for key in done.preempted:
             self.activity.happened("preempted", self.requests[key].lead)
             self.queue.computed(self.requests[key], 0)
+        return actions
+
+    def place(self, done: StepDone, now: float) -> list[Action]:
+        """Once all that the step did is recorded, offer the requests whose length is known since: one that stays here
+        may replace an earlier attempt of itself in the batch. Then export the KV blocks that the chunk completed, of
+        those that do not stay."""
+        actions = self.lengths.place(now)
+        for span in done.spans:
+            actions += self.kv_send.export(self.requests[span.key])
         return actions
 
     def _first_tokens(self, tokens: Sequence[Sampled]) -> list[Action]:
@@ -295,7 +318,7 @@ class PrefillScheduler:
         self.queue.stop(request)
         self.queue.leave(request)
         self.ledger.hand_on(request.key, flow.stays)
-        flow.landed = flow.blocks
+        flow.stayed()
         self.dispatcher.timers.clear(request.key)
         return home.land(flow.stays, token)
 

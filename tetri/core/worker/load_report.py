@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from typing import Any
 
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.batch import Batch
@@ -10,25 +11,27 @@ from tetri.core.decode.scheduler import DecodeScheduler
 from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.scheduler import PrefillScheduler
-from tetri.engine_request import StepDone
+from tetri.cost import CURVES, CorrectedCost, Cost
+from tetri.engine_request import Span, StepDone
 from tetri.request import StepRatio
 from tetri.wire.load import Load
-from tetri.wire.messages import Heartbeat, Hold, LoadReport, Ready
+from tetri.wire.messages import CostTable, Heartbeat, Hold, LoadReport, Ready
 
+AIMED = 0.9
 LISTED = 1000  # most requests that a heartbeat lists, on average
 LEAST, MOST = 3, 31  # steps of a phase that were compared before it has a ratio, and the last ones that count
 
 
 class StepTimes:
-    """Compares the time of engine steps with the cost table. The ratio of a phase is the median of its last steps, so
-    that a slow first step, or one in which the machine stood still, does not matter. A step with both phases counts for
-    the one with the larger predicted time.
+    """Compares the time of engine steps with the cost table, and corrects predictions by that. The ratio of a phase is
+    the median of its last steps, so that a slow first step, or one in which the machine stood still, does not matter. A
+    step with both phases counts for the one with the larger predicted time, without the time of the other.
 
     A comparison looks at the whole batch. So of the steps with a chunk, and of those without, only the first after each
     heartbeat is compared."""
 
-    def __init__(self, own: Identity, batch: Batch) -> None:
-        self.own, self.batch = own, batch
+    def __init__(self, own: Identity, batch: Batch, cost: CorrectedCost) -> None:
+        self.own, self.batch, self.cost = own, batch, cost
         self._ratios: dict[str, deque[float]] = {"prefill": deque(maxlen=MOST), "decode": deque(maxlen=MOST)}
         self._compared: set[bool] = set()  # with a chunk, without
 
@@ -40,21 +43,34 @@ class StepTimes:
             self._compare(done, seconds)
 
     def _compare(self, done: StepDone, seconds: float) -> None:
-        cost, running = self.own.cost, self.batch.running
+        table, running = self.cost.table, self.batch.running
         sizes = [running[sampled.key].size for sampled in done.tokens if sampled.key in running]
         batch, context = len(sizes), sum(sizes)
         if done.spans:
-            predicted = cost.step_s(done.spans, batch, context)
+            predicted = table.step_s(done.spans, batch, context)
         else:
-            predicted = cost.decode_run_s(batch, context, done.steps)
-        if predicted:
-            prefills = cost.chunk_s(done.spans) > cost.decode_s(batch, context)
-            self._ratios["prefill" if prefills else "decode"].append(seconds / predicted)
+            predicted = table.decode_run_s(batch, context, done.steps)
+        if not predicted:
+            return
+        chunk = table.chunk_s(done.spans)
+        parts = {"prefill": chunk, "decode": predicted - chunk}  # as in CorrectedCost.step_s
+        phase, other = ("prefill", "decode") if chunk > predicted / 2 else ("decode", "prefill")
+        known = _median(self._ratios[other])
+        if known is not None:
+            seconds, predicted = max(seconds - known * parts[other], 0.0), parts[phase]
+        self._ratios[phase].append(seconds / predicted)
 
     def report(self) -> StepRatio:
-        """The ratios for a heartbeat."""
+        """The ratios for a heartbeat. From now on, predictions are corrected by them."""
         self._compared.clear()
-        return StepRatio(**{phase: _median(ratios) for phase, ratios in self._ratios.items()})
+        found = StepRatio(**{phase: _median(ratios) for phase, ratios in self._ratios.items()})
+        self.cost.correct(found.prefill, found.decode)
+        return found
+
+
+def _table(cost: Cost) -> CostTable:
+    curves = {name: [[*map(float, pair)] for pair in getattr(cost, name)] for name in CURVES}
+    return CostTable(**curves, prefill_start_s=cost.prefill_start_s, decode_context_s=cost.decode_context_s)
 
 
 def _median(ratios: deque[float]) -> float | None:
@@ -65,13 +81,20 @@ class LoadReporter:
     """Makes a worker's reports. `role` decides which new work others send; `flip` is the number of the Flip that set
     it, 0 before the first. `busy`: the share of time in which the engine computed, as of the last load report."""
 
-    def __init__(self, prefill: PrefillScheduler, decode: DecodeScheduler, activity: ActivityLog, now: float) -> None:
-        self.activity = activity
+    def __init__(
+        self,
+        prefill: PrefillScheduler,
+        decode: DecodeScheduler,
+        activity: ActivityLog,
+        cost: CorrectedCost,
+        now: float,
+    ) -> None:
+        self.activity, self.cost = activity, cost
         self.own, self.prefill, self.decode = prefill.own, prefill, decode
         self.hand_overs = decode.hand_overs
         self.role, self.flip = self.own.instance.role, 0
         self.busy = 0.0
-        self.step_times = StepTimes(self.own, decode.batch)
+        self.step_times = StepTimes(self.own, decode.batch, cost)
         self._step_s, self._since = 0.0, now  # as of the last load report
         self._unlisted = 0  # heartbeats since the last list
 
@@ -83,7 +106,7 @@ class LoadReporter:
             free_blocks=self._free_blocks(),
             queued=len(queue),
             queued_tokens=queue.tokens,
-            queued_s=max(queue.seconds, 0.0),
+            queued_s=max(queue.seconds, 0.0) * self.cost.prefill,
             waiting=decode.waiting(),
             landed=len(decode.batch.landed),
             running=len(decode.batch.running),
@@ -95,7 +118,29 @@ class LoadReporter:
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
             unread=self.hand_overs.kv_receive.failing,
+            **self._slack(),
         )
+
+    def _slack(self) -> dict[str, Any]:
+        forecast, cost = self.decode.forecast, self.cost
+        step_s = cost.decode_s(forecast.requests, forecast.context)
+        limits = sorted(r.offer.tpot_s for r in self.decode.requests.values() if r.end is None and r.offer.tpot_s)
+        tpot_s = limits[len(limits) // 2] if limits else 0.0
+        share = max(1.0 - step_s / (AIMED * tpot_s), 0.0) if tpot_s else 1.0
+        knee = self.own.cost.chunk_tokens or self.own.capacity.chunk_tokens
+        ttfts = sorted(r.slo.ttft_s for r in self.prefill.requests.values() if r.slo.ttft_s)
+        return {
+            "context": forecast.context,
+            "arrived": self.prefill.arrived,
+            "arrived_s": self.prefill.arrived_s,
+            "decoded": self.activity.decode_tokens,
+            "share": share,
+            "step_s": step_s,
+            "base_s": cost.decode_s(1, 0),
+            "chunk_s": cost.chunk_s((Span("", 0, knee),)),
+            "ttft_s": ttfts[len(ttfts) // 2] if ttfts else 0.0,
+            "tpot_s": tpot_s,
+        }
 
     def decode_load(self) -> Load:
         """What a decode route reads of the load of this instance, for its own prompts. The dispatcher calls this, so it
@@ -109,6 +154,7 @@ class LoadReporter:
             growth_blocks=forecast.growth,
             kept_blocks=self.hand_overs.kept_blocks(),
             deferred_blocks=self.hand_overs.deferred.blocks,
+            step_s=self.cost.decode_s(forecast.requests, forecast.context),
         )
 
     def _free_blocks(self) -> int:
@@ -126,7 +172,8 @@ class LoadReporter:
 
     def ready(self) -> Send:
         """The registration with the broker."""
-        return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load()))
+        table = _table(self.own.cost) if self.own.compares_steps else None
+        return Send(BROKER, Ready(instance=self.own.instance.in_role(self.role), load=self.load(), cost=table))
 
     def heartbeat(self) -> Send:
         """The heartbeat for the broker: role, load, requests held, messages read, KV counters, predictor status,

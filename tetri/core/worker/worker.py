@@ -29,9 +29,12 @@ from tetri.core.instance.peers import Peers
 from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.core.timers import Timers
+from tetri.core.worker.chunk_limit import ChunkLimit
 from tetri.core.worker.home import WorkerHome
 from tetri.core.worker.load_report import LoadReporter
 from tetri.core.worker.lone_steps import LoneSteps
+from tetri.core.worker.unlisted import Unlisted
+from tetri.cost import CorrectedCost
 from tetri.engine_request import Span, StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
@@ -39,7 +42,6 @@ from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate,
 from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Migrate, Proceed, Resend
 
 HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
-MOST_UNKNOWN = 256  # most messages kept from senders that no Membership has listed yet
 
 
 class Worker:
@@ -55,18 +57,21 @@ class Worker:
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.estimator = None if own.expected is None else LengthEstimator(own)
         self.activity = ActivityLog(now)
-        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, self.estimator, self.activity)
+        self.cost = CorrectedCost(own.cost)
+        shared = (self.estimator, self.activity, self.cost)
+        self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, *shared)
         self.dispatcher = self.prefill.dispatcher
-        self.decode = DecodeScheduler(own, self.ledger, self.peers, self.estimator, self.activity)
+        self.decode = DecodeScheduler(own, self.ledger, self.peers, *shared)
         self.hand_overs, self.migrations = self.decode.hand_overs, self.decode.migrations
         self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
-        self.reporter = LoadReporter(self.prefill, self.decode, self.activity, now)
+        self.reporter = LoadReporter(self.prefill, self.decode, self.activity, self.cost, now)
         self.dispatcher.pool.home = WorkerHome(self.reporter, self.hand_overs)
         self._step_at = now
+        self.chunk_limit = ChunkLimit(self.prefill, self.decode.batch, self.cost)
         self._fewer = False  # the batch has lost a request since the step was planned
-        self._unknown: list[Offer | LengthUpdate | Chunk | Drop] = []  # from senders that no Membership lists yet
+        self.unlisted = Unlisted(self.peers)
         self._queued_own: list[Action] = []  # messages to this instance, held while the engine computes
         self.timers.set(HEARTBEAT, now)
         self.timers.set(LOAD, now)
@@ -95,7 +100,7 @@ class Worker:
             case Freed():
                 self.prefill.kv_send.freed(event.slots)
                 return []
-            case Chunk() | Offer() | LengthUpdate() | Drop() if self._keep_unlisted(event):
+            case Chunk() | Offer() | LengthUpdate() | Drop() if self.unlisted.keeps(event):
                 return []
             case Chunk():
                 return self.hand_overs.chunk(event)
@@ -114,7 +119,7 @@ class Worker:
             case Close():
                 return self._closed(event)
             case LengthKnown():
-                return self.prefill.lengths.known(event, now)
+                return self.prefill.lengths.known(event, now, stepping=self.stepping)
             case Drop():
                 return self.hand_overs.drop(event)
             case Resend():
@@ -152,7 +157,7 @@ class Worker:
         actions = self._deliver_own(actions, now) if actions else actions
         if self.stepping:
             return actions
-        actions += self._move_running(now)
+        actions += self.migrations.step(self.prefill.kv_send)
         return actions if self.idle else [*actions, *self._step(now)]
 
     def deadline(self) -> float | None:
@@ -215,8 +220,11 @@ class Worker:
         admitted = self.decode.admit(min(most, budget - 1) if queued else most)
         decodes = len(batch.running) - len(batch.preempted)
         actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
+        chunk = None
         if queued and batch.lone is None:
-            actions += self._deliver_own(prefill.plan(budget - decodes, now), now)
+            if self.role == "auto":
+                chunk = self.chunk_limit.tokens(budget - decodes, now)
+            actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, now), now)
         lone = batch.lone or prefill.lone()
         if lone is not None and not lone_steps.gives_way(lone):
             return self._wait([*actions, *lone_steps.announce(lone)])
@@ -235,23 +243,15 @@ class Worker:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
-        return self._start_step(actions, 1 if prefill.expected else batch.most(timer - now), now)
-
-    def _move_running(self, now: float) -> list[Action]:
-        """Export KV of running requests that go on elsewhere: between two steps, and before the next is planned."""
-        if not self.migrations.by_key:
-            return []
-        actions, slots = self.migrations.step(self.prefill.kv_send.spare().free, now)
-        self.prefill.kv_send.taken(slots)
-        return actions
+        return self._start_step(actions, 1 if prefill.expected or chunk is not None else batch.most(timer - now), now, chunk)
 
     def _free_memory(self) -> FreeMemory | None:
         """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""
         return None if self.stepping or self.prefill.queue.blocked() is None else self.prefill.free_memory
 
-    def _start_step(self, actions: list[Action], most: int, now: float) -> list[Action]:
+    def _start_step(self, actions: list[Action], most: int, now: float, chunk: int | None = None) -> list[Action]:
         self.stepping, self._step_at = True, now
-        return [*actions, Step(most)]
+        return [*actions, Step(most, chunk)]
 
     def _wait(self, actions: list[Action]) -> list[Action]:
         """Compute nothing until the next event."""
@@ -275,7 +275,7 @@ class Worker:
         if prefilled is not None:
             strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
             strained = strained or any(span.key in batch.preempted for span in done.spans)
-            actions += self.prefill.step_done(prefilled, now, strained=strained)
+            actions += self.prefill.step_done(prefilled, strained=strained)
         # Also for requests that end in this step: accuracy is judged by their last estimate.
         for estimate in decoded.estimates:
             self.decode.estimates(estimate)
@@ -284,6 +284,8 @@ class Worker:
             self.ledger.check(done.held)  # only now have the accounts grown by all tokens of the run
         if self.lone_steps.running is not None:
             actions += self.lone_steps.ended()
+        if prefilled is not None:
+            actions += self.prefill.place(prefilled, now)
         self.idle = not (done.spans or done.tokens or done.allocated or self._way_out())
         return actions
 
@@ -310,20 +312,9 @@ class Worker:
             self.dispatcher.breaker.failing.pop(iid, None)
             actions += self._lost(iid, now)
         actions += self.dispatcher.allow_retry(now)
-        early, self._unknown = self._unknown, []
-        for message in early:  # who is still not listed is kept again
+        for message in self.unlisted.taken():
             actions += self._handle(message, now)
         return actions
-
-    def _keep_unlisted(self, message: Offer | LengthUpdate | Chunk | Drop) -> bool:
-        """Whether no Membership lists this incarnation of the sender yet. No answer could reach the sender, and it
-        repeats its message only after a second, so the message is kept until a Membership lists the sender. Beyond
-        MOST_UNKNOWN messages, the oldest are dropped."""
-        if self.peers.knows(message.src, message.incarnation):
-            return False
-        self._unknown.append(message)
-        del self._unknown[:-MOST_UNKNOWN]
-        return True
 
     def _answered(self, event: Grant | Defer | Refuse | Landed, now: float) -> list[Action]:
         migration = self.migrations.of(event)

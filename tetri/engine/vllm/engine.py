@@ -14,8 +14,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from msgspec.structs import replace
-
 from tetri.engine.base import EngineError, EngineRequest, HiddenStateHook, Sampled, Span, StepDone
 from tetri.engine.vllm.sampler import GREEDY_BELOW, vllm_params
 from tetri.engine.vllm.setup import (
@@ -307,14 +305,14 @@ class VllmEngine:
         if reason is None:
             return (Sampled(key, tokens, None),)
         del self._requests[key]
-        reported = self._reported.pop(key, 0)
+        self._reported.pop(key, None)
         if (ended := str(reason)) not in ("stop", "length"):
             raise RuntimeError(f"vLLM ended engine request {key!r} with {ended!r}")
         if live.engine_request.phase == "decode":
             return (Sampled(key, tokens, ended),)
         firsts = self._first_tokens(live, tokens)
         if self._stays.pop(live.stays, None) and firsts[0].reason is None:
-            self._go_on(live, reported)
+            self._go_on(live)
         return firsts
 
     def _first_tokens(self, live: _LiveRequest, tokens: Sequence[Token]) -> Sequence[Sampled]:
@@ -324,16 +322,16 @@ class VllmEngine:
         ends = ["stop" if token in stops else last for token in token_ids(tokens)]
         return [Sampled(*result) for result in zip(live.keys, zip(tokens), ends, strict=True)]
 
-    def _go_on(self, live: _LiveRequest, reported: int) -> None:
+    def _go_on(self, live: _LiveRequest) -> None:
         """Make a decode request that waits for `admit` of a prefill request that stays and has just ended. To vLLM it
         is a new request, as one whose KV has arrived: so it gets the tokens that it would get elsewhere, and while it
         waits it takes none of vLLM's places for running requests."""
         key, freed = live.stays, self._connector.record.freed.pop(live.engine_request.key)
-        made = self._live_request(replace(live.engine_request, key=key, phase="decode"), live.outputs_left)
-        self._scheduler.take_back(made.request, freed)
+        made = self._live_request(live.engine_request.as_decode(key), live.outputs_left)
+        self._scheduler.add_parked(made.request, freed)
         made.parked = True
         self._parked += 1
-        self._requests[key], self._reported[key] = made, reported
+        self._requests[key], self._reported[key] = made, len(freed)
 
     def _failed(self, live: _LiveRequest) -> Sequence[Sampled]:
         """End a request, with its siblings, for which the model computed no valid number. Its KV may have such numbers

@@ -60,6 +60,8 @@ class PlanScheduler(Scheduler):
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         """vLLM's entry point, called once per step."""
         self._reserve()
+        held = [request for request in self.kv_holding_waiting if request.held]  # admitted, but have not run yet
+        self.kv_holding_waiting.remove_requests(held)
         out, unused = self._share()
         for request in out:
             self.waiting.remove_request(request)
@@ -67,6 +69,7 @@ class PlanScheduler(Scheduler):
         self.max_num_scheduled_tokens -= unused
         output = super().schedule(throttle_prefills)
         self.max_num_scheduled_tokens += unused
+        self.kv_holding_waiting.prepend_requests(reversed(held))
         if out:
             back = sorted([*self.waiting, *out], key=_place)
             self.waiting.clear()
@@ -98,7 +101,7 @@ class PlanScheduler(Scheduler):
             self.kv_holding_waiting.add_request(request)
             self.connector.record.parked.append(request.request_id)
 
-    def take_back(self, request: VllmRequest, blocks: Sequence[int]) -> None:
+    def add_parked(self, request: VllmRequest, blocks: Sequence[int]) -> None:
         """Add a decode request that waits for admission, and give it these blocks with all of its KV. A request that
         has just ended had them; vLLM has freed them and not used them again."""
         manager = self.kv_cache_manager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,13 +29,15 @@ from tetri.client.aio import AsyncEvents
 from tetri.proc.gateway.counts import Counts
 from tetri.proc.gateway.guard import JSON, REQUEST_ID, error_response
 from tetri.proc.gateway.tokens import Tokens
+from tetri.request import MAX_DEADLINE_S, MAX_LIMIT_S, Slo
 from tetri.wire.openai import Answer, ApiError, Asked, Reply, Stream
 
 RECEIPT, DEADLINE, RID = b"x-tetri-receipt", b"x-tetri-deadline-ms", b"x-tetri-rid"
+TTFT, TPOT = b"x-slo-ttft-ms", b"x-slo-tpot-ms"  # as at the gateways of Kubernetes (llm-d)
 MOST_RIDS = 16  # in one header
 EVENTS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 EVENTS += [(b"x-accel-buffering", b"no")]  # or nginx would gather them
-MOST_MS = 10**9
+_MS = re.compile(rb"\d{1,10}(\.\d{1,6})?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,8 +84,8 @@ class Completions:
                 state[REQUEST_ID] = rid
                 reply.rename(f"{prefix}-{rid}")
 
-        wanted = headers.get(RECEIPT) == b"1", _deadline_s(headers)
-        answering = Answering(self._client, asked, *wanted, send, accepted)
+        limits = {"deadline_s": _seconds(headers, DEADLINE, MAX_DEADLINE_S), "slo": _slo(headers)}
+        answering = Answering(self._client, asked, headers.get(RECEIPT) == b"1", limits, send, accepted)
         made = asked, f"{prefix}-{state[REQUEST_ID]}", int(time.time()), self._model.token_text
         # Who names this type reads such events; other clients may break on those with an id.
         numbered = b"text/event-stream" in headers.get(b"accept", b"")
@@ -103,19 +106,20 @@ class Completions:
 
 
 class Answering:
-    """One answer that is being given. `accepted` gets the id of the first request that the broker has accepted."""
+    """One answer that is being given. `limits`: its deadline and limits of latency. `accepted` gets the id of
+    the first request that the broker has accepted."""
 
     def __init__(
         self,
         client: AsyncClient,
         asked: Asked,
         receipt: bool,
-        deadline_s: float | None,
+        limits: Mapping[str, Any],
         send: Send,
         accepted: Callable[[str], None],
     ) -> None:
         self._client, self._asked, self._send, self._accepted = client, asked, send, accepted
-        self._receipt, self._deadline_s = receipt, deadline_s
+        self._receipt, self._limits = receipt, limits
         self._started = False
         self._rids: dict[int, str] = {}  # by index of the prompt
 
@@ -143,7 +147,7 @@ class Answering:
             raise errors.exceptions[0] from None
 
     async def _serve(self, reply: Reply, index: int, submit: Mapping[str, Any]) -> None:
-        stream = self._client.events(**submit, deadline_s=self._deadline_s)
+        stream = self._client.events(**submit, **self._limits)
         async for event in stream:
             if index not in self._rids:
                 self._begin(reply, index, stream)
@@ -229,17 +233,25 @@ async def _disconnect(receive: Receive) -> None:
         pass
 
 
-def _deadline_s(headers: Mapping[bytes, bytes]) -> float | None:
-    given = headers.get(DEADLINE)
+def _slo(headers: Mapping[bytes, bytes]) -> Slo | None:
+    if TTFT not in headers and TPOT not in headers:
+        return None
+    return Slo(ttft_s=_seconds(headers, TTFT, MAX_LIMIT_S), tpot_s=_seconds(headers, TPOT, MAX_LIMIT_S))
+
+
+def _seconds(headers: Mapping[bytes, bytes], name: bytes, most_s: float) -> float | None:
+    """The seconds in a header that gives milliseconds; None without it."""
+    given = headers.get(name)
     if given is None:
         return None
-    if not given.isdigit() or len(given) > len(str(MOST_MS)) or not 0 < int(given) <= MOST_MS:
-        name, got = DEADLINE.decode(), given[:40].decode("latin-1")
-        raise ApiError(400, f"{name} must be a whole number of milliseconds from 1 to {MOST_MS}, got {got!r}")
-    return int(given) / 1000
+    if not _MS.fullmatch(given) or not 0 < (seconds := float(given) / 1000) <= most_s:
+        got = given[:40].decode("latin-1")
+        says = f"a number of milliseconds above 0 and at most {1000 * most_s:.0f}"
+        raise ApiError(400, f"{name.decode()} must be {says}, got {got!r}")
+    return seconds
 
 
 def _record(result: Result) -> dict[str, Any]:
     """How a choice was served."""
     plain = result.to_json()
-    return {name: plain[name] for name in ("receipt", "timeline", "ttft_s", "jct_s")}
+    return {name: plain[name] for name in ("receipt", "timeline", "ttft_s", "jct_s", "slo", "slo_result")}

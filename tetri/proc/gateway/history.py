@@ -6,17 +6,21 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import msgspec
 from msgspec import Struct
 
-from tetri.metrics import SHARES, Bucketed, added, percentile
-from tetri.proc.metrics import free_blocks
+from tetri.metrics import SHARES, attainment, percentile
+from tetri.rates import Span, since
+from tetri.wire.clients import InstanceStatus, Observation
+from tetri.wire.observation import Activity
 
 KEPT = 600  # points: one a second
 
 
 class Point(Struct, frozen=True, gc=False):
     """The deployment over one second that ended at Unix time `at`. `ttft`, `tpot`: p50 and p99 in seconds; `queue`:
-    predicted and real mean seconds in the queue. None: there was none."""
+    predicted and real mean seconds in the queue. `attainment`: the share of requests that kept their limits of latency,
+    `goodput`: those a second. None: there was none."""
 
     at: float
     ttft: tuple[float, float] | None
@@ -24,6 +28,8 @@ class Point(Struct, frozen=True, gc=False):
     tokens_s: float
     requests_s: float
     queue: tuple[float, float] | None
+    attainment: float | None
+    goodput: float
 
 
 class InstancePoint(Struct, frozen=True, gc=False):
@@ -47,7 +53,6 @@ class Rates(Struct, frozen=True, gc=False):
     fill: float | None = None
     batch: float | None = None
     received_bytes_s: float = 0.0
-    decode_tokens: int = 0
 
 
 IDLE = Rates()
@@ -60,9 +65,9 @@ class History:
         self.added = 0
         self.points: deque[Point] = deque(maxlen=KEPT)
         self.rates: dict[str, Rates] = {}
-        self._ended: list[Mapping[str, Any]] = []  # choices, since the last point
+        self._tpots: list[float] = []  # of choices that have ended since the last point
         self._instances: dict[str, deque[InstancePoint]] = {}
-        self._before: Mapping[str, Any] | None = None
+        self._before: Observation | None = None
         self._now = 0.0
 
     def instance(self, iid: str) -> Sequence[InstancePoint] | None:
@@ -71,81 +76,54 @@ class History:
 
     def ended(self, choices: Iterable[Mapping[str, Any]]) -> None:
         """Take choices that have ended, for the next point."""
-        self._ended.extend(choices)
+        self._tpots += [each["tpot_s"] for each in choices if each["tpot_s"] is not None]
 
     def advance(self, observation: Mapping[str, Any], now: float, at: float) -> None:
         """Add what has happened since the last call, unless the broker has started again. `now`: seconds of any clock
         that does not jump; `at`: Unix time."""
+        found = msgspec.convert({**observation, "moves": [], "ended": [], "events": []}, Observation)
         before, seconds = self._before, now - self._now
-        self._before, self._now = observation, now
-        if before is not None and (before["epoch"] != observation["epoch"] or seconds <= 0):
-            before = None
-        known = {each["iid"]: each for each in before["status"]["instances"]} if before else {}
-        instances = observation["status"]["instances"]
-        self.rates = {each["iid"]: rates(known.get(each["iid"]), each, seconds) for each in instances}
-        for each in instances:
-            points = self._instances.setdefault(each["iid"], deque(maxlen=KEPT))
-            points.append(_instance_point(each, self.rates[each["iid"]], at))
-        self._instances = {iid: points for iid, points in self._instances.items() if points[-1].at > at - KEPT}
-        ended, self._ended = self._ended, []
-        if before is not None:
-            tokens = sum(each.decode_tokens for each in self.rates.values())
-            self.points.append(_point(before["measures"], observation["measures"], ended, tokens, seconds, at))
+        self._before, self._now = found, now
+        tpots, self._tpots = self._tpots, []
+        self.rates = {}
+        if before is not None and before.epoch == found.epoch and seconds > 0:
+            span = since(before, found, seconds)
+            self.rates = {iid: _rates(did, seconds) for iid, did in span.activities.items()}
+            self.points.append(_point(span, tpots, seconds, at))
             self.added += 1
+        for each in found.status.instances:
+            points = self._instances.setdefault(each.iid, deque(maxlen=KEPT))
+            points.append(_instance_point(each, self.rates.get(each.iid, IDLE), at))
+        self._instances = {iid: points for iid, points in self._instances.items() if points[-1].at > at - KEPT}
 
 
-def rates(before: Mapping[str, Any] | None, after: Mapping[str, Any], seconds: float) -> Rates:
-    """What an instance did between two of its states. A process that has started again in between counts from 0."""
-    if before is None or before["incarnation"] != after["incarnation"]:
-        return IDLE
-    old, new = before["activity"], after["activity"]
-
-    def more(name: str) -> int:
-        return int(new[name] - old[name])
-
-    received = sum(each["bytes"] for each in new["received"].values())
-    received -= sum(each["bytes"] for each in old["received"].values())
-    space, steps = more("chunk_space"), more("decode_steps")
+def _rates(did: Activity, seconds: float) -> Rates:
     return Rates(
-        fill=more("chunk_tokens") / space if space > 0 else None,
-        batch=more("decode_tokens") / steps if steps > 0 else None,
-        received_bytes_s=max(received, 0) / seconds,
-        decode_tokens=max(more("decode_tokens"), 0),
+        fill=did.chunk_tokens / did.chunk_space if did.chunk_space else None,
+        batch=did.decode_tokens / did.decode_steps if did.decode_steps else None,
+        received_bytes_s=sum(each.bytes for each in did.received.values()) / seconds,
     )
 
 
-def _instance_point(each: Mapping[str, Any], did: Rates, at: float) -> InstancePoint:
-    load = each["load"]
-    counts = load["queued"], load["waiting"], load["running"], free_blocks(load)
-    return InstancePoint(at, each["role"], each["state"], *counts, load["busy"], did.fill, did.batch)
+def _instance_point(each: InstanceStatus, did: Rates, at: float) -> InstancePoint:
+    load = each.load
+    counts = load.queued, load.waiting, load.running, max(load.free_blocks, 0)
+    return InstancePoint(at, each.role, each.state, *counts, load.busy, did.fill, did.batch)
 
 
-def _point(
-    before: Mapping[str, Any],
-    after: Mapping[str, Any],
-    ended: Sequence[Mapping[str, Any]],
-    decoded: int,
-    seconds: float,
-    at: float,
-) -> Point:
-    def new(name: str) -> Bucketed | None:
-        return added(before["histograms"].get(name), after["histograms"].get(name))
-
-    def tpots(found: Bucketed | None) -> tuple[float, float] | None:
-        values = [each["tpot_s"] for each in ended if each["tpot_s"] is not None]
-        if found is not None and found.count == len(values):  # all are known, so that no bucket blurs them
-            half, most = (percentile(values, share) for share in SHARES)
-            return half, most
-        return found.percentiles() if found is not None else None
-
-    ttft, tpot, predicted, queued = map(new, ("ttft", "tpot", "queue_predicted", "stage_queued"))
-    counts = [sum(each["counts"].get("requests_ended", {}).values()) for each in (before, after)]
-    tokens = decoded + (ttft.count if ttft else 0)  # prefill instances write the first ones
+def _point(span: Span, tpots: list[float], seconds: float, at: float) -> Point:
+    """`tpots`: those of the choices that are known to have ended."""
+    tpot, (predicted, real) = None if span.tpot is None else span.tpot.percentiles(), span.queue
+    if span.tpot is not None and span.tpot.count == len(tpots):  # all are known, so that no bucket blurs them
+        half, most = (percentile(tpots, share) for share in SHARES)
+        tpot = half, most
     return Point(
         at=at,
-        ttft=ttft.percentiles() if ttft else None,
-        tpot=tpots(tpot),
-        tokens_s=tokens / seconds,
-        requests_s=(counts[1] - counts[0]) / seconds,
-        queue=(predicted.mean(), queued.mean()) if predicted and queued else None,
+        ttft=span.ttft.percentiles() if span.ttft else None,
+        tpot=tpot,
+        tokens_s=span.tokens / seconds,
+        requests_s=span.ended / seconds,
+        queue=None if predicted is None or real is None else (predicted, real),
+        attainment=attainment(span.slo_requests),
+        goodput=span.goodput or 0.0,
     )

@@ -272,11 +272,13 @@ class Client:
 
     def _verify_receipt(self, receipt: Receipt) -> None:
         """Assert that the receipt has the KV figures of the decode worker, whatever faults happened."""
-        if receipt.decode_instance is None:  # the first token of an attempt was its last
-            assert (receipt.local, receipt.transport) == (len(self.prompt), "none"), receipt
+        assert receipt.local is not None and receipt.adopted is not None and receipt.recomputed is not None, receipt
+        assert receipt.local + receipt.adopted + receipt.recomputed == receipt.prompt_tokens, receipt
+        if receipt.transport == "none":  # it stayed, or the first token of an attempt was its last
+            assert (receipt.adopted, receipt.kv_bytes, receipt.chunks) == (0, 0, 0), receipt
+            assert receipt.decode_instance in (None, receipt.prefill_instance), receipt
         else:
-            tokens = (receipt.local or 0) + (receipt.adopted or 0) + (receipt.recomputed or 0)
-            assert tokens == len(self.prompt) and receipt.transport in ("none", "local", "stream"), receipt
+            assert receipt.local == 0 and receipt.transport in ("local", "stream"), receipt
 
 
 @dataclass(slots=True)

@@ -102,7 +102,7 @@ export function showInstances(instances, open) { // returns whether anything has
   const sizes = Object.entries(banks).map(([role, wanted]) => fill(role, wanted));
   const [prefill, mixed, decode] = sizes;
   find("bank-mixed").hidden = mixed === 0;
-  write(find("h-mixed"), mixed ? "Mixed" : "KV");
+  write(find("h-mixed"), mixed ? "Both" : "KV");
   mark(find("banks"), "mixed", mixed === 0 ? "none" : prefill + decode === 0 ? "all" : "some");
   write(find("n-bytes"), `${bytes(instances.reduce((sum, it) => sum + it.received_bytes_s, 0))}/s`);
   return sizes.join();

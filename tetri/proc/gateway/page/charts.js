@@ -1,6 +1,6 @@
 // Charts over the last minutes, and the time line, all on one axis of time.
 
-import { ago, colour, find, make, none, seconds, short, write } from "./dom.js";
+import { ago, colour, find, make, none, percent, seconds, short, write } from "./dom.js";
 
 const SPANS = [120, 300, 600]; // seconds
 const LEFT = 50, BOTTOM = 18, TOP = 8;
@@ -9,6 +9,8 @@ const TRENDS = [
   { title: "TTFT", about: "time to the first token", lines: ["p50", "p99"], values: (p) => p.ttft ?? [], show: seconds },
   { title: "TPOT", about: "time per output token after the first", lines: ["p50", "p99"], values: (p) => p.tpot ?? [], show: seconds },
   { title: "Throughput", about: "output tokens per second", lines: ["tokens/s"], values: (p) => [p.tokens_s], show: short },
+  { title: "Attainment", about: "share of requests that keep their limits of latency", lines: ["kept"], values: (p) => [p.attainment], show: percent, top: 1 },
+  { title: "Goodput", about: "requests per second that keep them", lines: ["kept", "all"], values: (p) => [p.goodput, p.requests_s], show: short },
   { title: "Queue", about: "mean time in the queue", lines: ["predicted", "real"], values: (p) => p.queue ?? [], show: seconds },
 ];
 

@@ -107,9 +107,10 @@ function factsOf(it) {
   const got = it.receipt;
   return factList([
     ["ended", it.reason ?? `open: ${it.stage}`], ["TTFT", seconds(it.ttft_s)], ["TPOT", seconds(it.tpot_s)], ["JCT", seconds(it.jct_s)],
+    ["limits", `TTFT ${seconds(it.slo.ttft_s)}, TPOT ${seconds(it.slo.tpot_s)}${it.slo_result && `: ${it.slo_result}`}`],
     ["prompt tokens", count(it.prompt_tokens)], ["output tokens", count(it.outputs)], ["attempts", count(it.attempts)],
     ["KV moved", got && got.kv_bytes != null ? `${bytes(got.kv_bytes)} over ${got.transport}` : null],
-    ["adopted", got && count(got.adopted)], ["recomputed", got && count(got.recomputed)], ["preempted", got?.preempted ? count(got.preempted) : null],
+    ...["local", "adopted", "recomputed"].map((name) => [name, got && count(got[name])]), ["preempted", got?.preempted ? count(got.preempted) : null],
     ["error", it.error],
   ]);
 }

@@ -1,4 +1,4 @@
-"""Latencies and rates of the last seconds, from what two Observations differ in."""
+"""Latencies and rates of the deployment over some seconds, from what two Observations differ in."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import NamedTuple
 
 from msgspec import to_builtins
 
-from tetri.metrics import added
+from tetri.metrics import Bucketed, added, gained
 from tetri.wire.clients import Observation
-from tetri.wire.observation import Activity
+from tetri.wire.observation import Activity, Transferred
 
 _STEPS = ("steps", "chunk_tokens", "chunk_space", "decode_steps", "decode_tokens")  # of Activity, that are shown
+IDLE, NOTHING = Activity(), Transferred()
 
 
 class Span(NamedTuple):
@@ -19,12 +20,18 @@ class Span(NamedTuple):
     prefill work before a request, (predicted, real) means. None: nothing of it happened."""
 
     seconds: float | None
-    ttft: tuple[float, float] | None  # p50, p99
-    tpot: tuple[float, float] | None
+    ttft: Bucketed | None
+    tpot: Bucketed | None
     queue: tuple[float | None, float | None]
     ended: int  # choices
+    slo_requests: dict[str, int]  # how they kept their limits of latency, by result
     tokens: int  # output tokens
-    activities: dict[str, Activity]  # iid -> what it has done
+    activities: dict[str, Activity]  # iid -> what it has done, a process that has started since then from its start
+
+    @property
+    def goodput(self) -> float | None:
+        """Requests per second that kept their limits of latency."""
+        return self.slo_requests.get("met", 0) / self.seconds if self.seconds else None
 
 
 class Window:
@@ -52,26 +59,30 @@ def since(before: Observation | None, after: Observation, seconds: float | None)
         added(old.get(name), new.get(name)) for name in ("ttft", "tpot", "queue_predicted", "stage_queued")
     )
     known = {} if before is None else {(each.iid, each.incarnation): each.activity for each in before.status.instances}
-    now = {each.iid: (each.activity, known.get((each.iid, each.incarnation))) for each in after.status.instances}
-    activities = {iid: _done(activity, earlier) for iid, (activity, earlier) in now.items()}
+    activities = {
+        each.iid: _done(each.activity, known.get((each.iid, each.incarnation), IDLE)) for each in after.status.instances
+    }
     return Span(
         seconds,
-        ttft.percentiles() if ttft else None,
-        tpot.percentiles() if tpot else None,
+        ttft,
+        tpot,
         (predicted.mean() if predicted else None, queued.mean() if queued else None),
-        _ended(after) - (0 if before is None else _ended(before)),
+        sum(gained({} if before is None else _ended(before), _ended(after)).values()),
+        gained({} if before is None else before.status.slo_requests, after.status.slo_requests),
         (ttft.count if ttft else 0) + sum(each.decode_tokens for each in activities.values()),
         activities,
     )
 
 
-def _done(now: Activity, before: Activity | None) -> Activity:
-    """The steps of one process since an earlier Activity; None: since its start."""
-    if before is None:
-        return now
+def _done(now: Activity, before: Activity) -> Activity:
+    """What a process has done since an earlier Activity, as far as it is shown."""
     steps = {name: getattr(now, name) - getattr(before, name) for name in _STEPS}
-    return Activity(**steps)
+    received = {
+        path: Transferred(bytes=each.bytes - before.received.get(path, NOTHING).bytes)
+        for path, each in now.received.items()
+    }
+    return Activity(**steps, received=received)
 
 
-def _ended(observation: Observation) -> int:
-    return sum(observation.measures.counts.get("requests_ended", {}).values())
+def _ended(observation: Observation) -> dict[str, int]:
+    return observation.measures.counts.get("requests_ended", {})

@@ -1,0 +1,1 @@
+"""The sweep: how many requests a second each arrangement of instances serves within limits of latency."""
