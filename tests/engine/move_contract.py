@@ -23,7 +23,7 @@ class MoveContract:
         output = [first.token]
         self.steps(engine, before, output)
         known = [*tokens, *output[:-1]]
-        engine.add(engine_request("b", "decode", known, length, room=50, max_tokens=60))
+        engine.add(engine_request("b", "decode", known, length, ahead=50, max_tokens=60))
         assert self.steps(engine, 1, output).allocated == ("b",)
         early = export(engine, "a", 0, len(known) // BLOCK)
         engine.adopt("b", 0, [memoryview(block) for block in early])
@@ -62,8 +62,8 @@ class MoveContract:
         tokens = prompt(60)
         copies, first = prefill(engine, "p", tokens, max_tokens=60)
         with pytest.raises(EngineError, match="too much"):
-            engine.add(engine_request("b", "decode", tokens, 60, room=60, max_tokens=60))
-        engine.add(engine_request("b", "decode", tokens, 60, room=6, max_tokens=60))
+            engine.add(engine_request("b", "decode", tokens, 60, ahead=60, max_tokens=60))
+        engine.add(engine_request("b", "decode", tokens, 60, ahead=6, max_tokens=60))
         step = engine.step()
         assert step.allocated == ("b",) and dict(step.held)["b"] == 3
         engine.adopt("b", 0, [memoryview(block) for block in copies])

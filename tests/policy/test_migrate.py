@@ -40,7 +40,7 @@ def test_all_leave_an_instance_that_takes_none_any_more_to_where_most_memory_is(
 
 def test_of_one_that_is_short_no_more_leave_than_it_must():
     assert auto([SHORT, instance("b")], {"a": decodes(1, 9, 5)}) == [("r1", "b")]
-    on_their_way = instance("a", free=1, running=3, leaving=1, leaving_blocks=9)
+    on_their_way = instance("a", free=1, running=3, outgoing=1, outgoing_blocks=9)
     assert auto([on_their_way, instance("b")], {"a": decodes(1, 5)}) == []
 
 
@@ -62,8 +62,8 @@ def test_a_batch_is_not_filled_beyond_its_places_nor_an_instance_left_by_all_at_
     assert len(auto([LEFT, instance("b", places=2)], {"a": decodes(3, 3, 3)})) == 2
     many = {"a": decodes(*[1] * 9)}
     assert len(auto([LEFT, instance("b", places=20)], many)) == AT_ONCE
-    leaving = instance("a", role="prefill", leaving=AT_ONCE - 1)
-    assert len(auto([leaving, instance("b", places=20)], many)) == 1
+    outgoing = instance("a", role="prefill", outgoing=AT_ONCE - 1)
+    assert len(auto([outgoing, instance("b", places=20)], many)) == 1
 
 
 def test_a_decode_that_hardly_goes_on_ends_where_it_is():

@@ -12,7 +12,7 @@ prefill  Computes KV for all of `tokens`, in chunks, oldest request first. The s
 decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`), receives their KV by `adopt`, and runs
          after `admit`, which passes the token that follows `tokens`. The engine does not compute `tokens` again,
          unless it preempts the engine request; the spans show that. It can be held once it is admitted.
-         With `room`, it reserves blocks for so many tokens more, and `admit` passes those that came with their KV.
+         With `ahead`, it reserves blocks for so many tokens more, and `admit` passes those that came with their KV.
          Once it is admitted, `export` can read its blocks between two steps: they have the KV of all of its tokens but
          the last, unless it is preempted.
 
@@ -77,7 +77,7 @@ class Engine(Protocol):
 
     def admit(self, key: str, token: int, further: Sequence[int] = ()) -> None:
         """Admit a decode request to the running batch, after all of its blocks were adopted. `token` follows its
-        `tokens`, and the `further` ones, at most its `room`, follow that one: the KV of all but the last was
+        `tokens`, and the `further` ones, at most its `ahead`, follow that one: the KV of all but the last was
         adopted too."""
 
     def hold(self, key: str, held: bool) -> None:

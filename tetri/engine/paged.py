@@ -62,8 +62,8 @@ class Paged:
         left = request.sampling.max_tokens - (count - request.output_from)
         if not count or left < 1 or count + 1 > self.capacity.context:
             raise EngineError(f"{count} tokens and {left} more do not fit into the context")
-        if request.room >= min(left, self.capacity.context - count):
-            raise EngineError(f"room for {request.room} tokens is too much: it ends before")
+        if request.ahead >= min(left, self.capacity.context - count):
+            raise EngineError(f"room for {request.ahead} tokens is too much: it ends before")
         if request.key in self.slots or request.key in self._stays:
             raise EngineError(f"engine request {request.key} is already there")
         self._added += 1
@@ -97,8 +97,8 @@ class Paged:
         slot = self.slots.get(key)
         if slot is None or not slot.ready:
             raise EngineError(f"engine request {key} does not wait for admission")
-        if len(further) > slot.request.room:
-            raise EngineError(f"engine request {key} has room for {slot.request.room} tokens, not {len(further)}")
+        if len(further) > slot.request.ahead:
+            raise EngineError(f"engine request {key} has room for {slot.request.ahead} tokens, not {len(further)}")
         slot.ready = False
         slot.known += 1 + len(further)
         self._join(slot)
@@ -188,7 +188,7 @@ class Paged:
     def _allocate(self) -> tuple[str, ...]:
         found = []
         for key, slot in self._parked.items():
-            if not self._extend(slot, slot.known + slot.request.room):
+            if not self._extend(slot, slot.known + slot.request.ahead):
                 break
             slot.ready = True
             found.append(key)

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from tetri.policy.views import DecodeInstance, RunningDecode
 from tetri.request import DECODE_ROLES
 
-ROOM = 128  # tokens that a decode may write while its blocks move; more would only keep memory at the destination
+AHEAD = 128  # tokens that a decode may write while its blocks move; more would only keep memory at the destination
 AT_ONCE = 4  # decodes that leave an instance at the same time: each takes slots of its slab, and time between its steps
 LEAST_LEFT = 16  # tokens; a decode that may write fewer is left to end where it is
 
@@ -52,7 +52,7 @@ def _moves(
     places = {each.iid: each.places for each in instances}
     moves: Moves = []
     for source in instances:
-        short, allowed = _shortage(source), AT_ONCE - source.leaving
+        short, allowed = _shortage(source), AT_ONCE - source.outgoing
         for decode in sorted(decodes.get(source.iid, ()), key=lambda decode: -decode.blocks):
             if allowed <= 0 or short <= 0 or not spare:
                 break
@@ -73,4 +73,4 @@ def _shortage(source: DecodeInstance) -> float:
     if not gives_up(source):
         return 0
     leaves = source.role not in DECODE_ROLES
-    return float("inf") if leaves else source.running - source.free_blocks - source.leaving_blocks
+    return float("inf") if leaves else source.running - source.free_blocks - source.outgoing_blocks

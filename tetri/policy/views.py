@@ -180,8 +180,8 @@ class DecodeInstance:
     free_blocks     its free KV blocks, without those that decodes on their way to it need
     running         its batch
     places          decodes that it can still take into its batch, without those on their way
-    leaving         decodes on their way from it
-    leaving_blocks  the blocks of these
+    outgoing         decodes on their way from it
+    outgoing_blocks  the blocks of these
     """
 
     iid: str
@@ -189,8 +189,8 @@ class DecodeInstance:
     free_blocks: int
     running: int
     places: int
-    leaving: int = 0
-    leaving_blocks: int = 0
+    outgoing: int = 0
+    outgoing_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     `canary`: it comes after all other offers. `tpot_s`: its limit of the mean time between two tokens.
 
     A decode that runs at the sender has a `receipt`: how its KV came there. `blocks` are then for `written` too, its
-    output tokens in this attempt so far but the last, and for `room` tokens that it may write until it stops there.
+    output tokens in this attempt so far but the last, and for `ahead` tokens that it may write until it stops there.
     Its first token is `decoded_s` seconds old."""
 
     fingerprint: Fingerprint
@@ -67,7 +67,7 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     tpot_s: float | None = None
     receipt: Receipt | None = None
     written: list[int] = []
-    room: Count = 0
+    ahead: Count = 0
     decoded_s: float = 0.0
 
     @property

@@ -195,7 +195,7 @@ def test_an_instance_that_did_not_take_one_rests():
 
 
 def test_a_choice_needs_memory_for_what_it_may_write_on_its_way():
-    """Its prompt, its output, and all that it may write still, here less than `ROOM`: 33 tokens."""
+    """Its prompt, its output, and all that it may write still, here less than `AHEAD`: 33 tokens."""
     short, needs = Load(free_blocks=0, running=1), -(-33 // BLOCK)
     assert not planned(decoding("all"), d1=short, d2=Load(free_blocks=needs))
     assert planned(decoding("all"), d1=short, d2=Load(free_blocks=needs + 1))

@@ -66,7 +66,7 @@ def waits(told):
 def test_it_is_offered_with_what_it_has_written_and_runs_until_that_is_granted(told):
     (made,) = sent(told.tell(migrate("r")), "d2", Offer)
     assert (made.rid, made.attempt, made.prompt, made.output) == ("r", 2, [1] * 8, [])
-    assert made.written == [5, TOKEN] and made.room == 36 and made.blocks == 12
+    assert made.written == [5, TOKEN] and made.ahead == 36 and made.blocks == 12
     assert made.receipt.adopted == 8 and made.receipt.prefill_instance == "p1"
     assert not only(told.step(), Export) and not told.held
 
@@ -170,10 +170,10 @@ def test_one_that_does_not_run_is_not_offered(told):
 
 
 def test_it_stops_in_time_when_its_blocks_do_not_leave(told):
-    """After `room` tokens the destination could not take more; without an answer it goes on here."""
+    """After `ahead` tokens the destination could not take more; without an answer it goes on here."""
     short = working("d1", "p1", "d2", **LARGE).running("r", max_tokens=5)
     (made,) = sent(short.tell(migrate("r")), "d2", Offer)
-    assert made.room == 2
+    assert made.ahead == 2
     short.step()
     actions = short.step() + short.later()
     assert [found.why for found in sent(actions, kind=NotMigrated)] == ["d2 has not answered in time"]
@@ -194,7 +194,15 @@ def test_what_nobody_answers_is_sent_again(told):
 
 
 def running_offer(**changes):
-    fields = {"src": "d2", "attempt": 2, "written": [5, 6], "room": 8, "receipt": BEFORE, "blocks": 5, "decoded_s": 2.0}
+    fields = {
+        "src": "d2",
+        "attempt": 2,
+        "written": [5, 6],
+        "ahead": 8,
+        "receipt": BEFORE,
+        "blocks": 5,
+        "decoded_s": 2.0,
+    }
     return offer("r", 8, max_tokens=40, **{**fields, **changes})
 
 
@@ -207,7 +215,7 @@ def arriving():
     """Its first two blocks have landed, of 10 tokens known and room for 8 more."""
     made = working("d1", "p1", "d2", **LARGE)
     actions = made.tell(running_offer())
-    assert kinds(actions) == ["AddRequest", "Grant > d2"] and made.requests["d:r:2:d2:1"].room == 8
+    assert kinds(actions) == ["AddRequest", "Grant > d2"] and made.requests["d:r:2:d2:1"].ahead == 8
     assert made.load().free_blocks == 35
     made.step()
     made.tell(chunk("r", 0, 0, 2, src="d2", attempt=2))

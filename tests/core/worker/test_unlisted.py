@@ -12,4 +12,4 @@ def test_only_those_of_unlisted_senders_are_kept_once_and_not_too_many():
     assert not unlisted.keeps(offer("a", 4)) and unlisted.keeps(offer("b", 4, incarnation=2))
     made = [offer(f"r{number}", 4, src="p3") for number in range(MOST_UNLISTED)]
     assert all(unlisted.keeps(message) for message in made)
-    assert unlisted.taken() == made and unlisted.taken() == []
+    assert unlisted.release() == made and unlisted.release() == []

@@ -381,8 +381,8 @@ class Lifecycle:
 
     def moved(self, event: Staged | Failed | NotMigrated, now: float) -> list[Action]:
         """A worker reports that a choice has entered a stage, or cannot go on there, or elsewhere."""
-        taken = isinstance(event, Staged) and event.stage in ON_DECODER
-        actions = self.migrations.landed(event.rid, event.attempt, event.iid, now) if taken else []
+        lands = isinstance(event, Staged) and event.stage in ON_DECODER
+        actions = self.migrations.landed(event.rid, event.attempt, event.iid, now) if lands else []
         choice = self._reported(event.rid, event.attempt)
         if isinstance(event, NotMigrated):
             return [] if choice is None else self.migrations.not_migrated(event, choice, now)

@@ -12,7 +12,7 @@ from tetri.core.broker.observer import Observer
 from tetri.core.broker.requests import Choice, Move, Table
 from tetri.core.broker.suspects import is_suspect
 from tetri.instance import Fingerprint
-from tetri.policy.migrate import ROOM, gives_up, none
+from tetri.policy.migrate import AHEAD, gives_up, none
 from tetri.policy.rules import MIGRATIONS
 from tetri.policy.views import DecodeInstance, RunningDecode
 from tetri.request import Stage, blocks_for
@@ -39,22 +39,22 @@ class Migrations:
         """Move the choices that the policy names, by the newest loads."""
         if self._policy is none:
             return []
-        leaving, arriving = self._under_way()
+        outgoing, arriving = self._under_way()
         alike: dict[Fingerprint, list[DecodeInstance]] = {}
         for report in view.loads:
             member = self.members.by_iid.get(report.iid)
             if member is None or member.lost is not None or report.incarnation != member.instance.incarnation:
                 continue
-            coming, going = arriving.get(report.iid, ()), leaving.get(report.iid, ())
-            taken = report.load.running + report.load.waiting + len(coming)
+            coming, going = arriving.get(report.iid, ()), outgoing.get(report.iid, ())
+            places = report.load.running + report.load.waiting + len(coming)
             rests = self.rests.get(report.iid, now) > now
             instance = DecodeInstance(
                 *(report.iid, member.role),
                 free_blocks=report.load.free_blocks - sum([decode.needs for decode in coming]),
                 running=report.load.running,
-                places=0 if rests else member.instance.capacity.max_batch - taken,
-                leaving=len(going),
-                leaving_blocks=sum([decode.blocks for decode in going]),
+                places=0 if rests else member.instance.capacity.max_batch - places,
+                outgoing=len(going),
+                outgoing_blocks=sum([decode.blocks for decode in going]),
             )
             alike.setdefault(member.instance.fingerprint, []).append(instance)
         actions: list[Action] = []
@@ -66,14 +66,14 @@ class Migrations:
 
     def _under_way(self) -> tuple[dict[str, list[RunningDecode]], dict[str, list[RunningDecode]]]:
         """The choices under way, by the instance that they leave, and by the one where they go on."""
-        leaving: dict[str, list[RunningDecode]] = {}
+        outgoing: dict[str, list[RunningDecode]] = {}
         arriving: dict[str, list[RunningDecode]] = {}
         for choice in self.moving.values():
             assert choice.decode is not None and choice.move is not None
             decode = _decode(choice, self.members.by_iid[choice.decode].instance.capacity.block_tokens)
-            leaving.setdefault(choice.decode, []).append(decode)
+            outgoing.setdefault(choice.decode, []).append(decode)
             arriving.setdefault(choice.move.to, []).append(decode)
-        return leaving, arriving
+        return outgoing, arriving
 
     def _decodes(self, iid: str) -> list[RunningDecode]:
         size = self.members.by_iid[iid].instance.capacity.block_tokens
@@ -163,5 +163,5 @@ class Migrations:
 def _decode(choice: Choice, block_tokens: int) -> RunningDecode:
     """A running choice as migration policies see it."""
     tokens, left = len(choice.request.prompt) + len(choice.output), choice.sampling.max_tokens - len(choice.output)
-    needs = blocks_for(tokens + min(ROOM, left), block_tokens)
+    needs = blocks_for(tokens + min(AHEAD, left), block_tokens)
     return RunningDecode(choice.id, blocks_for(tokens, block_tokens), needs, left)

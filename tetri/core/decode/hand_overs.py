@@ -172,7 +172,7 @@ class HandOvers:
         for key, request in zip(hand_over.engine_keys(), hand_over.requests.values(), strict=True):
             self.requests[key] = self.unallocated[key] = request
             engine_request = EngineRequest(
-                *(key, "decode", tokens, len(offer.prompt), request.offer.sampling), room=offer.room
+                *(key, "decode", tokens, len(offer.prompt), request.offer.sampling), ahead=offer.ahead
             )
             actions.append(AddRequest(engine_request))
         return [*actions, self._answer(Grant, offer)]

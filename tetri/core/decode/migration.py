@@ -8,7 +8,7 @@ How. The source offers the request as a prefill instance does (Offer, with a rec
 Grant: so its slots always come back (core/prefill/kv_send.py). It goes on decoding, and between two steps it exports
 the blocks that are full: nothing changes them any more. When all of them have landed it *stops*: it takes the request
 out of the batch, sends the broker the last tokens, and exports the blocks since then, the last of which is not full.
-With them go all its output tokens of this attempt. The destination reserved blocks for `room` tokens more than there
+With them go all its output tokens of this attempt. The destination reserved blocks for `ahead` tokens more than there
 were, so that it can land everything, and then runs the request at once: it has the memory for it.
 
 Who has it. The first report of the destination that all has landed makes it the holder: the broker takes `next` as the
@@ -36,7 +36,7 @@ from tetri.core.decode.request import DecodeRequest
 from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.instance.peers import Peers
-from tetri.policy.migrate import ROOM
+from tetri.policy.migrate import AHEAD
 from tetri.request import blocks_for, token_ids
 from tetri.wire.handover import BetweenWorkers, Chunk, Defer, Drop, Grant, Landed, Offer, Refuse
 from tetri.wire.messages import Migrate, NotMigrated, Tokens
@@ -50,7 +50,7 @@ class Slab(Protocol):
     def free(self) -> int:
         """How many are free."""
 
-    def take(self, slots: int) -> None:
+    def use(self, slots: int) -> None:
         """Count so many as used."""
 
 
@@ -118,17 +118,17 @@ class Migrations:
             return "it does not run"
         if to not in self.peers.up:
             return f"{self.own.iid} has no connection to {to}"
-        return "it is about to end" if self._room(request) < 1 else None
+        return "it is about to end" if self._ahead(request) < 1 else None
 
     @staticmethod
-    def _room(request: DecodeRequest) -> int:
+    def _ahead(request: DecodeRequest) -> int:
         """How many tokens it may write until it stops: then at least one must be left for the destination."""
-        return min(ROOM, request.offer.sampling.max_tokens - request.written - 1)
+        return min(AHEAD, request.offer.sampling.max_tokens - request.written - 1)
 
     def _begin(self, message: Migrate, request: DecodeRequest, now: float) -> Action:
         self._number += 1
-        mine, room = request.offer, self._room(request)
-        limit = request.size - 1 + room
+        mine, ahead = request.offer, self._ahead(request)
+        limit = request.size - 1 + ahead
         offer = Offer(
             **self.own.address(mine.rid, message.next, self._number),
             fingerprint=self.own.instance.fingerprint,
@@ -140,7 +140,7 @@ class Migrations:
             tpot_s=mine.tpot_s,
             receipt=request.receipt(self.own.iid),
             written=token_ids(request.tokens[:-1]),
-            room=room,
+            ahead=ahead,
             decoded_s=now - request.first_at,
         )
         self.by_key[request.key] = Migration(request, message.to, message.next, offer, limit, now)
@@ -165,9 +165,9 @@ class Migrations:
             elif not migration.stopped:
                 more = self._export(migration, left)
                 actions += more
-                taken = sum(action.stop - action.start for action in more if isinstance(action, Export))
-                slab.take(taken)
-                left -= taken
+                exported = sum(action.stop - action.start for action in more if isinstance(action, Export))
+                slab.use(exported)
+                left -= exported
         return actions
 
     def _runs(self, request: DecodeRequest) -> bool:

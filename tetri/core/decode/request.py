@@ -62,7 +62,7 @@ class KVInflow:
         further = len(chunk.written) - len(offer.written) - 1  # whose KV comes too
         filled = len(offer.prompt) + len(offer.output) + len(chunk.written) - 1
         blocks = blocks_for(filled, offer.fingerprint.block_tokens)
-        if offer.receipt is None or not 0 <= further <= offer.room or chunk.stop != blocks:
+        if offer.receipt is None or not 0 <= further <= offer.ahead or chunk.stop != blocks:
             return False
         self.blocks = blocks
         return True
@@ -224,7 +224,7 @@ def obstacle(offer: Offer, fingerprint: Fingerprint, capacity: Capacity) -> str 
     why = difference(fingerprint, offer.fingerprint)
     if why is not None:
         return why
-    tokens, all_tokens = len(offer.tokens) + offer.room, len(offer.prompt) + offer.sampling.max_tokens
+    tokens, all_tokens = len(offer.tokens) + offer.ahead, len(offer.prompt) + offer.sampling.max_tokens
     if tokens == 0 or offer.blocks != blocks_for(tokens, capacity.block_tokens):
         return f"{tokens} tokens are not {offer.blocks} blocks"
     if tokens >= capacity.context or blocks_for(all_tokens, capacity.block_tokens) > capacity.blocks:

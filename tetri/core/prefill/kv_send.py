@@ -73,7 +73,7 @@ class KVSend:
         """Return the slots that running decodes may use, which go on elsewhere: they are granted."""
         return self.own.slots - self.used
 
-    def take(self, slots: int) -> None:
+    def use(self, slots: int) -> None:
         """Count slots as used that running decodes export into."""
         self.used += slots
 

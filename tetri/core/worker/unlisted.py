@@ -24,7 +24,7 @@ class Unlisted:
         del self._messages[:-MOST_UNLISTED]
         return True
 
-    def taken(self) -> list[Offer | LengthUpdate | Chunk | Drop]:
+    def release(self) -> list[Offer | LengthUpdate | Chunk | Drop]:
         """Return all messages, after a new Membership. Those whose senders are still not listed come again."""
         messages, self._messages = self._messages, []
         return messages

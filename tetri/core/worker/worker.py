@@ -91,10 +91,9 @@ class Worker:
             return self._viewed(event, now)
         self.idle = False
         match event:  # the most frequent first
-            case Exported() if event.key in self.decode.requests:
-                return self.migrations.exported(event, now)
             case Exported():
-                return self.prefill.kv_send.exported(self.prefill.requests.get(event.key), event)
+                prefills = event.key not in self.decode.requests
+                return self.prefill.exported(event) if prefills else self.migrations.exported(event, now)
             case Adopted():
                 return self._set_fetch_timer(self.hand_overs.adopted(event, now))
             case Freed():
@@ -125,10 +124,7 @@ class Worker:
             case Resend():
                 return [*self.prefill.resend(event), *self.decode.resend(event)]
             case RequestRejected():
-                if event.key in self.prefill.requests:
-                    return self.prefill.reject(event.key, event.why)
-                self._fewer = True
-                return self.hand_overs.reject(event.key, event.why)
+                return self._rejected(event)
             case Membership():
                 return self._membership(event, now)
             case Flip():
@@ -138,6 +134,12 @@ class Worker:
             case PeerDown():
                 return self._down(event.peer, now)
         raise Broken(f"a worker does not handle {event}")
+
+    def _rejected(self, event: RequestRejected) -> list[Action]:
+        if event.key in self.prefill.requests:
+            return self.prefill.reject(event.key, event.why)
+        self._fewer = True
+        return self.hand_overs.reject(event.key, event.why)
 
     def tick(self, now: float) -> list[Action]:
         """Run every timer that is due, then start a step unless one is running or there is nothing to plan."""
@@ -312,7 +314,7 @@ class Worker:
             self.dispatcher.breaker.failing.pop(iid, None)
             actions += self._lost(iid, now)
         actions += self.dispatcher.allow_retry(now)
-        for message in self.unlisted.taken():
+        for message in self.unlisted.release():
             actions += self._handle(message, now)
         return actions
 

@@ -146,7 +146,7 @@ class VllmEngine:
 
         decode = engine_request.phase == "decode"
         # The tokens after those of a decode request come with `admit`; until then any valid id is a placeholder.
-        unknown = 1 + engine_request.room if decode else 0
+        unknown = 1 + engine_request.ahead if decode else 0
         prompt = [*engine_request.tokens, *[engine_request.tokens[-1]] * unknown]
         key, drawn = engine_request.key, self._drawn
         params = vllm_params(
@@ -192,8 +192,8 @@ class VllmEngine:
             raise EngineError(
                 f"{count} tokens and up to {left} of output exceed the context of {self.capacity.context} tokens"
             )
-        if engine_request.room > left - needed:
-            raise EngineError(f"room for {engine_request.room} tokens is too much: it ends before")
+        if engine_request.ahead > left - needed:
+            raise EngineError(f"room for {engine_request.ahead} tokens is too much: it ends before")
         return left
 
     def cancel(self, key: str) -> None:
@@ -221,8 +221,8 @@ class VllmEngine:
         if live is None or not live.parked:
             raise EngineError(f"engine request {key!r} does not wait for admission")
         engine_request, fresh = live.engine_request, [token, *further]
-        if len(further) > engine_request.room:
-            raise EngineError(f"engine request {key!r} has room for {engine_request.room} tokens, not {len(further)}")
+        if len(further) > engine_request.ahead:
+            raise EngineError(f"engine request {key!r} has room for {engine_request.ahead} tokens, not {len(further)}")
         filled = len(engine_request.tokens) + len(further)
         if missing := live.missing & {*range(blocks_for(filled, self.capacity.block_tokens))}:
             raise EngineError(
@@ -290,7 +290,7 @@ class VllmEngine:
 
     def _park(self, key: str) -> None:
         live = self._requests[key]
-        tokens = len(live.engine_request.tokens) + live.engine_request.room
+        tokens = len(live.engine_request.tokens) + live.engine_request.ahead
         live.parked = True
         live.missing = set(range(blocks_for(tokens, self.capacity.block_tokens)))
         self._parked += 1
