@@ -30,7 +30,7 @@ SHORT = instance("a", free=1, running=3)
     ],
 )
 def test_who_takes_none_any_more_or_lacks_a_block_for_each_gives_some_up(made, gives):
-    assert gives_up(made) == gives
+    assert gives_up(made.role, made.running, made.free_blocks) == gives
 
 
 def test_all_leave_an_instance_that_takes_none_any_more_to_where_most_memory_is():

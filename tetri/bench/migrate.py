@@ -59,7 +59,7 @@ kind = "{engine}"
 dtype = "float32"
 
 [policy]
-migrate = "all"
+migrate = "everywhere"
 
 [transfer]
 slab_blocks = {slab}

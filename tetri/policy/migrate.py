@@ -20,9 +20,13 @@ LEAST_LEFT = 16  # tokens; a decode that may write fewer is left to end where it
 Moves = list[tuple[str, str]]  # the id of a decode, and the instance where it goes on
 
 
-def gives_up(instance: DecodeInstance) -> bool:
+def gives_up(role: str, running: int, free_blocks: int) -> bool:
     """Whether an instance should give up decodes."""
-    return bool(instance.running) and (instance.role not in DECODE_ROLES or instance.free_blocks < instance.running)
+    return running > 0 and (free_blocks < running or role not in DECODE_ROLES)
+
+
+def _gives_up(instance: DecodeInstance) -> bool:
+    return gives_up(instance.role, instance.running, instance.free_blocks)
 
 
 def none(instances: Sequence[DecodeInstance], decodes: Mapping[str, Sequence[RunningDecode]]) -> Moves:
@@ -47,7 +51,7 @@ def _moves(
     spare = {
         each.iid: each.free_blocks - each.running
         for each in instances
-        if each.role in roles and each.places > 0 and not gives_up(each)
+        if each.role in roles and each.places > 0 and not _gives_up(each)
     }
     places = {each.iid: each.places for each in instances}
     moves: Moves = []
@@ -70,7 +74,7 @@ def _moves(
 
 def _shortage(source: DecodeInstance) -> float:
     """Blocks that an instance should give up; those of a decode count with one for its growth."""
-    if not gives_up(source):
+    if not _gives_up(source):
         return 0
     leaves = source.role not in DECODE_ROLES
     return float("inf") if leaves else source.running - source.free_blocks - source.outgoing_blocks

@@ -74,7 +74,7 @@ LENGTHS: dict[str, LengthPrediction] = {
     "noisy": length.noisy,
     "trained": length.trained,
 }
-MIGRATIONS: dict[str, Migration] = {"none": migrate.none, "auto": migrate.auto, "all": migrate.everywhere}
+MIGRATIONS: dict[str, Migration] = {"none": migrate.none, "auto": migrate.auto, "everywhere": migrate.everywhere}
 FLIPS: dict[str, FlipRule] = {"none": flip.none, "idle": flip.idle, "below": flip.below, "balance": flip.balance}
 
 #: name of the setting in [policy], or `flip` in [monitor] -> its table

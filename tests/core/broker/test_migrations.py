@@ -179,14 +179,14 @@ def test_loads_make_it_move_what_the_policy_names():
     short, roomy = Load(free_blocks=0, running=1), Load(free_blocks=10)
     assert planned(decoding("none"), d1=short, d2=roomy) == []
     assert planned(decoding("auto"), d1=short, d2=roomy) == [], "nobody is in that role"
-    told = decoding("all")
+    told = decoding("everywhere")
     assert planned(told, d1=Load(free_blocks=3, running=1), d2=roomy) == []
     assert planned(told, d1=short, d2=roomy) == [("d1", RID, "d2")]
     assert planned(told, d1=short, d2=roomy) == [], "it is on its way"
 
 
 def test_an_instance_that_did_not_take_one_rests():
-    told, loads = decoding("all"), {"d1": Load(free_blocks=0, running=1), "d2": Load(free_blocks=10)}
+    told, loads = decoding("everywhere"), {"d1": Load(free_blocks=0, running=1), "d2": Load(free_blocks=10)}
     assert planned(told, **loads)
     told.tell(not_migrated("d1", RID))
     assert not planned(told, **loads)
@@ -197,5 +197,5 @@ def test_an_instance_that_did_not_take_one_rests():
 def test_a_choice_needs_memory_for_what_it_may_write_on_its_way():
     """Its prompt, its output, and all that it may write still, here less than `AHEAD`: 33 tokens."""
     short, needs = Load(free_blocks=0, running=1), -(-33 // BLOCK)
-    assert not planned(decoding("all"), d1=short, d2=Load(free_blocks=needs))
-    assert planned(decoding("all"), d1=short, d2=Load(free_blocks=needs + 1))
+    assert not planned(decoding("everywhere"), d1=short, d2=Load(free_blocks=needs))
+    assert planned(decoding("everywhere"), d1=short, d2=Load(free_blocks=needs + 1))

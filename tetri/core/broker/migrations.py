@@ -37,8 +37,8 @@ class Migrations:
 
     def plan(self, view: ClusterView, now: float) -> list[Action]:
         """Move the choices that the policy names, by the newest loads."""
-        if self._policy is none:
-            return []
+        if self._policy is none or not any([gives_up(r.role, r.load.running, r.load.free_blocks) for r in view.loads]):
+            return []  # the usual case, fast
         outgoing, arriving = self._under_way()
         alike: dict[Fingerprint, list[DecodeInstance]] = {}
         for report in view.loads:
@@ -59,7 +59,11 @@ class Migrations:
             alike.setdefault(member.instance.fingerprint, []).append(instance)
         actions: list[Action] = []
         for instances in alike.values():
-            sources = {each.iid: self._decodes(each.iid) for each in instances if gives_up(each)}
+            sources = {
+                each.iid: self._decodes(each.iid)
+                for each in instances
+                if gives_up(each.role, each.running, each.free_blocks)
+            }
             for name, to in self._policy(instances, sources) if sources else ():
                 actions += self.start(self.table.choices[name], to)
         return actions
