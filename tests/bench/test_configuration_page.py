@@ -48,7 +48,8 @@ def test_rows_have_default_range_and_text():
     rows = reference(inspect.getsource(tables)).splitlines()
     line = "| `heartbeat_s` | `0.2` | a number, 0.01 to 60 | How often a worker reports what it holds |"
     assert rows[rows.index("## `[cluster]`") :].index(line)
-    assert "| `role` | required | `prefill`, `decode`, `mixed` | The role in which it starts |" in rows
+    roles = "| `role` | required | `prefill`, `decode`, `mixed`, `auto` | The role in which it starts"
+    assert any(row.startswith(roles) for row in rows)
     assert all(row.count("|") - row.count("\\|") == 5 for row in rows if row.startswith("|"))
 
 

@@ -259,7 +259,8 @@ class World:
                 "reason": {"done": "length", "failed": "error"}.get(it.stage, it.stage) if done else None,
                 "ttft_s": ready if age > ready else None, "tpot_s": it.tpot, "jct_s": it.plan[-1][2] if done else None,
                 "receipt": {"prompt_tokens": it.prompt, "local": 0, "adopted": it.prompt, "recomputed": 0,
-                            "chunks": chunks, "kv_bytes": it.prompt * 24576, "transport": "shm", "preempted": 0} if done else None,
+                            "chunks": chunks, "kv_bytes": it.prompt * 24576, "transport": "shm", "preempted": 0}
+                if done else None,
                 "stages": spans, "events": [event for event in events if event[3] <= age], "steps": steps,
                 "slo": LIMITS, "slo_result": it.kept(ready) if done else "", "left_out": 0}  # fmt: skip
 

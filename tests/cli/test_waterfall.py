@@ -40,6 +40,8 @@ def test_every_event_says_what_there_is_to_say():
         *("blocks 32 to 48, 0 B, shm: corrupt", "tokens 512 to 768, beside 44 others", "attempt 2: d0 was lost"),
         *("from d0 to d1", "lost its memory to others", "tokens 0 to 771"),
     ]
+    stays = typed(stages=[], events=[event("granted", 0.1, "m0", peer="m0", note="its KV stays in its place")])
+    assert [row.detail for row in rows(stays)] == ["its KV stays in its place"]
     unknown = typed(stages=[], events=[event("new kind", 0.1, "p0", note="x\x1b[2J")])
     assert [row.detail for row in rows(unknown)] == ["x\\x1b[2J"]
 

@@ -82,6 +82,16 @@ def test_an_engine_with_other_steps_has_a_table_of_its_own(monkeypatch):
     assert len(measured_cost.kept()) == 3
 
 
+def test_the_processor_is_named_with_its_gpus(tmp_path):
+    assert measured_cost.processor(tmp_path) == "an unknown CPU"
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Quick 9000\n\nmodel name\t: Quick 9000\n")
+    for place, model in enumerate(("Wide 200", "Wide 100", "Wide 200")):
+        folder = tmp_path / "driver" / "nvidia" / "gpus" / f"0000:{place}"
+        folder.mkdir(parents=True)
+        (folder / "information").write_text(f"Model: \t\t {model}\nIRQ: 1\n")
+    assert measured_cost.processor(tmp_path) == "Quick 9000, Wide 100, Wide 200"
+
+
 @pytest.mark.parametrize("settings", [["engine.cost="], ["engine.cost=v100-opt13b.toml"], ["engine.kind=emulated"]])
 def test_nothing_is_measured_unless_the_configuration_says_so(folder, settings):
     made = Measured()
@@ -89,11 +99,16 @@ def test_nothing_is_measured_unless_the_configuration_says_so(folder, settings):
     assert made.now == 0.0 and not folder.exists()
 
 
-def test_a_cache_that_cannot_be_written_is_a_warning(folder, caplog):
+def test_a_cache_that_cannot_be_written_is_a_warning_and_can_be_read(folder, caplog):
     folder.write_text("a file")
-    assert Measured().table() is not None
+    found = Measured().table()
     (record,) = caplog.records
-    assert "measured at each start, since it cannot be kept" in record.getMessage()
+    assert found is not None and "measured now cannot be kept" in record.getMessage()
+    folder.unlink()
+    Measured().table()
+    (folder / ".lock").unlink()
+    (folder / ".lock").mkdir()
+    assert (again := Measured(OTHER)).table() == found and again.now == 0.0
 
 
 def test_a_file_that_is_no_table_is_measured_again(caplog):
@@ -208,13 +223,14 @@ pin("+0")
 config, logger = load(default_path()), logging.getLogger()
 clock = measured_cost.clock_of(config, gpu=False)
 with measured_cost.turn(config, logger) as turn:
-    engine, begin = build.engine(config), time.monotonic()
+    engine, begin, busy = build.engine(config), time.monotonic(), -time.process_time()
     table = measured_cost.of_engine(engine, config, clock, turn, logger)
-    took = time.monotonic() - begin
+    took, busy = time.monotonic() - begin, busy + time.process_time()
 wanted = [scene for scene in scenes(engine.capacity) if scene.held_out]
 points = measure(engine, wanted, 3, clock, Random(1))
 errors = sorted(abs(predicted(table, point) / point.seconds - 1) for point in points)
-print(json.dumps({"took": took, "errors": errors}), file=sys.stderr)
+slow = table.prompt_s(512, 0, 512) > 1
+print(json.dumps({"took": took, "others": busy < 0.9 * took, "slow": slow, "errors": errors}), file=sys.stderr)
 engine.close()
 """
 
@@ -230,5 +246,6 @@ def test_vllm_is_measured_in_20_s_well_enough_for_steps_that_it_was_not_measured
     assert done.returncode == 0, done.stderr
     made = json.loads(done.stderr.splitlines()[-1])
     errors = made["errors"]
-    assert made["took"] < 20 and len(errors) > 40
+    assert made["took"] < 20 or made["others"] or made["slow"], "on a core of its own that is not very slow"
+    assert len(errors) > 40
     assert mean(errors) < 0.1 and errors[int(0.95 * len(errors))] < 0.25, errors

@@ -15,6 +15,11 @@ COST = Cost(prefill=((1.0, 0.1),), decode=((1.0, 0.02), (2.0, 0.02)))
 SETUP = Setup(COST, kv_tokens=8000, chunk_tokens=512)
 
 
+def test_an_instance_in_any_role_is_a_replica():
+    result = serve("coupled", replace(SETUP, mixed=1, auto=2), [Arrival(0.0, 100, 5)])
+    assert [*result.instances] == ["c0", "c1", "c2", "c3", "c4"]
+
+
 @pytest.mark.parametrize("system", SYSTEMS)
 def test_every_instance_is_a_replica(system):
     result = serve(system, SETUP, [Arrival(0.0, 100, 5), Arrival(0.0, 200, 1)])

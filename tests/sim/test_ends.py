@@ -17,7 +17,7 @@ PROMPT = 14  # tokens
 SHAPES = {
     "two": ONE,
     "two, three tokens a message": replace(ONE, stream_interval=3),
-    "one that does both": replace(ONE, prefill=0, decode=0, mixed=1),
+    "one that does both": replace(ONE, prefill=0, decode=0, auto=1),
 }
 ENDS = {  # how it samples; why it ends, after how many tokens
     "length": (Sampling(max_tokens=4, ignore_eos=True), ("length", 4)),

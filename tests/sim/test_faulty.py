@@ -68,11 +68,22 @@ def test_every_kind_of_fault_happens():
     assert {kind for kind in kinds if not injected[kind]} == set(), injected
 
 
+def test_where_all_instances_do_both_requests_stay_or_are_copied():
+    """What the stories are worth in which they do: KV stays in its place, and goes over each path."""
+    paths = Counter()
+    for seed in range(12):
+        world = story(seed, some_faults(seed), some_shape(seed).but(prefill=0, decode=0, mixed=1, auto=2, kv_paths=FAR))
+        for client in world.clients.clients:
+            receipt = client.done.receipt
+            paths["in place" if receipt.local and receipt.decode_instance else receipt.transport] += 1
+    assert all(paths[name] for name in ("in place", "local", "stream")), paths
+
+
 @pytest.mark.parametrize("expects", PREDICTORS)
 def test_predictions_that_come_in_time_late_or_never_hold_nobody_up(expects):
     """And what these stories are worth: of each kind that can be some come in time, some late, and some correct."""
     counted: Counter[str] = Counter()
-    for seed in range(24):  # LengthUpdates are the rarest
+    for seed in range(36):  # LengthUpdates are the rarest: an instance that does both corrects itself without
         faults = replace(some_faults(seed), mute=(0.0, 0.5, 1.0)[seed % 3])
         world = story(seed, faults, some_shape(seed).learning(expects, length_wait_s=0.01))
         messages = [message for recent in world.wiring.recent.values() for message in recent]

@@ -33,7 +33,7 @@ MANY = replace(
 SHAPES = {
     "8 + 8": MANY,
     "8 + 8, tokens in fours": replace(MANY, stream_interval=4),
-    "two that do both": replace(MANY, prefill=0, decode=0, mixed=2),
+    "two that do both": replace(MANY, prefill=0, decode=0, mixed=1, auto=1),
     "one that does both": replace(MANY, prefill=0, decode=0, mixed=1),
     "one of each": replace(MANY, prefill=1, decode=1),
 }

@@ -105,6 +105,7 @@ def test_histograms_agree_with_the_dones(number):
     assert tokens == {
         "prompt": sum(values["prompt_tokens"]),
         "output": sum(values["output_tokens"]),
+        "local": sum(each.local or 0 for each in receipts),
         "adopted": sum(each.adopted or 0 for each in receipts),
         "recomputed": sum(each.recomputed or 0 for each in receipts),
         "continued": sum(each.continued for each in receipts),

@@ -19,7 +19,8 @@ from tetri.request import ROLES
 @deployment_options
 @timeout_option
 def command(iid: str, role: str, as_json: bool, conf: Path | None, overrides: Overrides, timeout: float) -> None:
-    """Change the role of worker IID: prefill, decode or mixed (both).
+    """Change the role of worker IID: prefill, decode, mixed (both) or auto (both,
+    as far apart as the traffic asks).
 
     The role decides which new work the worker gets. It finishes the work that it has; its engine keeps running. The
     last worker that can prefill or decode cannot lose that role. With a policy other than "none" in [monitor], the

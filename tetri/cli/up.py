@@ -12,6 +12,7 @@ import click
 
 from tetri import terminal
 from tetri.cli.options import Overrides, deployment_options, examples, seconds_option
+from tetri.request import ROLES
 
 if TYPE_CHECKING:
     from tetri.config import Config
@@ -50,7 +51,7 @@ def _summary(config: Config, run_dir: Path) -> list[str]:
 
     roles = [worker.role for worker in config.workers]
     model = config.model.name if config.engine.kind == "vllm" else "an emulated model"
-    counts = [f"{roles.count(role)} {role}" for role in ("prefill", "decode", "mixed") if role in roles]
+    counts = [f"{roles.count(role)} {role}" for role in ROLES if role in roles]
     urls = [*gateways.urls(run_dir).values()]
     http = [f"http     {url}/v1" for url in urls] + [f"page     {url}" for url in urls[:1]]
     workers = " and ".join(", ".join(counts).rsplit(", ", 1))

@@ -34,7 +34,7 @@ _DETAIL: dict[str, Callable[[TraceEvent], str]] = {
     "chunk": _tokens,
     "recompute": _tokens,
     "offered": lambda e: f"KV to {e.peer}",
-    "granted": lambda e: f"{e.peer} has reserved memory",
+    "granted": lambda e: e.note or f"{e.peer} has reserved memory",
     "deferred": lambda e: f"{e.peer} has no memory now",
     "refused": lambda e: f"{e.peer} refused: {e.note}",
     "export": lambda e: f"KV chunk {e.size}, blocks {e.first} to {e.last}",

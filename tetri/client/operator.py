@@ -25,9 +25,9 @@ class Operator:
         self._client = Client(where, timeout, silence_s=silence_s, resend_s=resend_s)
 
     def flip(self, iid: str, role: str) -> dict[str, Any]:
-        """Change the role of an instance to prefill, decode or mixed and wait until the change is done. Returns `iid`,
-        `role`, `was` (the old role) and `took_s` (seconds). Raises RequestRefused with the reason, BadRequest for an
-        unknown role."""
+        """Change the role of an instance to prefill, decode, mixed or auto and wait until the change is done. Returns
+        `iid`, `role`, `was` (the old role) and `took_s` (seconds). Raises RequestRefused with the reason, BadRequest
+        for an unknown role."""
         return self._client._finish(self._client._ask(RoleQuestion, secrets.token_hex(8), iid, role))
 
     def end(self, rid: str) -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tetri.core.actions import BROKER, Action, Broken, MonitorInput, Publish, Send
-from tetri.core.adaptive import Separation
+from tetri.core.separation import Separation
 from tetri.core.timers import Timers
 from tetri.policy.flip import rescue
 from tetri.policy.rules import FLIPS
@@ -171,7 +171,8 @@ class Monitor:
         self.number += 1
         known = self.instances.items()
         loads = [InstanceLoad(iid, each.incarnation, each.role, now - each.at, each.load) for iid, each in known]
-        keeps = self.separation.look({iid: each.load for iid, each in known if each.role == "auto"}, now)
+        adaptive = {iid: each.load for iid, each in known if each.role == "auto"}
+        keeps = self.separation.look(adaptive, now)
         return Publish(ClusterView(epoch=self.epoch, number=self.number, loads=loads, flip=self.flip, keeps=keeps))
 
     def _remove_gone(self, now: float) -> None:

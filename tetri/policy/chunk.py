@@ -1,5 +1,5 @@
-"""Chunk packing: how prompts are divided into chunks (paper, section 3.3.3), and how large a chunk may be beside running
-decodes (docs/adaptive.md)."""
+"""Chunks: how prompts are divided into them (paper, section 3.3.3), and how large one may be beside running decodes
+(docs/adaptive.md)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from tetri.policy.views import MixedStep, Progress
 
 #: Sizes that are tried beside running decodes, in tokens.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
-SPARED = 0.0
 
 
 def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
@@ -35,24 +34,14 @@ def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
 def limit(step: MixedStep, cost: StepCost, most: int) -> int:
     """The size of the next chunk beside running decodes, up to `most` tokens; 0: none.
 
-    Decodes that are ahead of their limit of TPOT leave time for a chunk: of the sizes that fit, the one with the best
+    Decodes that are ahead of their limits of TPOT leave time for a chunk: of the sizes that fit, the one with the best
     prefill rate is chosen. If prompts would be late at that rate, the chunk may be so large that the decodes catch up
-    only with the tokens that they are expected to write yet, but no larger than the prompts need. A few decodes that
-    are late anyway do not count (`SPARED`)."""
-    ahead, later = _spared(step.ahead_s), _spared(step.later_s)
+    only with all the tokens that they are expected to write yet, but no larger than the prompts need."""
     best, rate = 0, 0.0
-    for size in _sizes(most):
+    for size in (*(size for size in SIZES if size < most), most):
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
-        if seconds > later or (seconds > ahead and rate >= step.wanted):
+        if seconds > step.later_s or (seconds > step.ahead_s and rate >= step.wanted):
             break
         if size > rate * seconds:
-            best, rate = size, size / seconds
+            best, rate = size, size / seconds if seconds else inf
     return best
-
-
-def _spared(seconds: Sequence[float]) -> float:
-    return sorted(seconds)[int(SPARED * len(seconds))] if seconds else inf
-
-
-def _sizes(most: int) -> list[int]:
-    return [*(size for size in SIZES if size < most), most]

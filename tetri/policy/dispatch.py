@@ -49,10 +49,12 @@ def power_of_two_ratio(need: Need, pool: DecodePool, rng: Random) -> int | None:
 
 
 def adaptive(need: Need, pool: DecodePool, rng: Random) -> int | None:
-    """Not in the paper: the instance that prefills the request, if it takes decodes and has memory: no KV moves then.
-    Otherwise, of the instances with memory up to its predicted end, the one with the shortest decode step; if none has
-    it, the one with the most spare memory."""
-    if pool.home >= 0 and pool.free[pool.home] >= need.blocks:
+    """For an adaptive instance (role auto), not in the paper: the instance itself, if it has memory, since no KV moves
+    then. Otherwise, of the instances with memory up to the request's predicted end, the one with the shortest decode
+    step; if none has it, the one with the most spare memory. For any other instance as `power_of_two`."""
+    if pool.home < 0:
+        return power_of_two(need, pool, rng)
+    if pool.free[pool.home] >= need.blocks:
         return pool.home
     fits = [column for column, spare in enumerate(pool.spare) if spare >= need.end_blocks]
     fits = [column for column in fits if pool.free[column] >= need.blocks]

@@ -7,10 +7,11 @@ prefill. Policies are stateless: the pool's owner maintains `pool.last`.
 
 from __future__ import annotations
 
-from math import inf
 from random import Random
 
 from tetri.policy.views import PrefillPool
+
+IN_TIME = 0.5  # share of the time that is left for the first token in which a prompt is expected to be computed
 
 
 def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
@@ -21,20 +22,18 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
 
 
 def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """Not in the paper: of the instances that are expected to compute the prompt in time, the one where that delays the
-    fewest decodes; if none is, the one that computes it first. An instance is expected to compute all work assigned to
-    it in the share of its time that its decodes leave."""
+    """Of the instances that are expected to compute the prompt in time, the one where that delays the fewest decodes;
+    if none is, the one that computes it first. An instance is expected to compute all work assigned to it in the share
+    of its time that its decodes leave. Instances in fixed roles are taken to have no decodes: among them this is
+    `least_loaded`. Not in the paper."""
     seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
     if not seconds:
         return None
-    least, limit = min(seconds), IN_TIME * pool.ttft_s
-    if least >= limit:
-        return seconds.index(least)
-    return min(range(len(seconds)), key=lambda i: (pool.decodes[i] + D*seconds[i] if seconds[i] < limit else inf, seconds[i]))
-
-
-IN_TIME = 0.5
-D = 0.0
+    first, in_time = min(seconds), IN_TIME * pool.ttft_s
+    if first >= in_time:
+        return seconds.index(first)
+    able = [i for i, each in enumerate(seconds) if each < in_time]
+    return min(able, key=lambda i: (pool.decodes[i], seconds[i]))
 
 
 def random(work_s: float, pool: PrefillPool, rng: Random) -> int | None:

@@ -107,8 +107,8 @@ class Rules:
     stretch             of `ageing`: seconds of waiting that equal one second of work
     """
 
-    prefill_route: str = "least_loaded"
-    decode_route: str = "power_of_two"
+    prefill_route: str = "adaptive"
+    decode_route: str = "adaptive"
     order: str = "fcfs"
     chunk: str = "pack"
     admit: str = "greedy"

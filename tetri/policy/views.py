@@ -16,15 +16,16 @@ from tetri.request import Value
 class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
     prefill work that is assigned to it and not done. `share`: the share of its time that prefill gets there while its
-    decodes keep their limits of TPOT. `last`: the column chosen last, -1 before the first choice; the pool's owner
-    maintains it for `round_robin`."""
+    decodes keep their limits of TPOT. `decodes`: its decodes, if it is adaptive. `ttft_s`: seconds that are left until
+    the first token of the request is late; 0 if it has no limit, or is late. `last`: the column chosen last, -1 before
+    the first choice; the pool's owner maintains it for `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
     share: list[float] = field(default_factory=list)
-    decodes: list[float] = field(default_factory=list)
-    last: int = -1
+    decodes: list[int] = field(default_factory=list)
     ttft_s: float = 0.0
+    last: int = -1
 
 
 class Need(Value, frozen=True):
@@ -51,7 +52,8 @@ class DecodePool:
     most    KV blocks of the instance: its deferred offers may lack as many
     last    the column chosen last, -1 before the first choice; the pool's owner maintains it for `round_robin`
     step_s  predicted seconds of a decode step with all its requests
-    home    the column of the instance that prefills the request, -1 if it takes no decodes
+    home    the column of the adaptive instance that prefills the request; -1 if its role is another, or it takes no
+            decodes now
 
     No policy chooses a column with fewer than `Need.blocks` free blocks. To exclude an instance from a decision, the
     owner sets its `free` to EXCLUDED meanwhile.
@@ -92,16 +94,16 @@ class MixedStep(Value, frozen=True):
     """A step with a chunk beside running decodes.
 
     batch, context    decodes in it, and the tokens that they have in total
-    ahead_s, later_s  seconds that it may take so that a decode keeps its limit of TPOT, at once, or with the tokens that
-                      it is expected to write yet; of each that has a limit
+    ahead_s, later_s  seconds that it may take so that each decode keeps its limit of TPOT: soon, or only with all the
+                      tokens that it is expected to write yet; infinite without a limit
     wanted            prompt tokens per second with which no prompt is late
     start             tokens before the chunk in its prompt
     """
 
     batch: int
     context: int
-    ahead_s: Sequence[float]
-    later_s: Sequence[float]
+    ahead_s: float
+    later_s: float
     wanted: float
     start: int = 0
 

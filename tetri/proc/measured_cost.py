@@ -57,14 +57,20 @@ def path_of(engine: Engine, config: Config) -> Path:
     return folder() / f"{Path(config.model.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.toml"
 
 
-def processor() -> str:
-    """The name of this machine's processor."""
+def processor(proc: Path = Path("/proc")) -> str:
+    """The name of this machine's processor, and of each kind of GPU that it has."""
+    cpu = _values(proc / "cpuinfo", "model name")[:1] or ["an unknown CPU"]
+    gpus = [_values(path, "Model") for path in proc.glob("driver/nvidia/gpus/*/information")]
+    return ", ".join([*cpu, *sorted({name for names in gpus for name in names})])
+
+
+def _values(path: Path, key: str) -> list[str]:
+    """What follows `key:` in the lines of a file; nothing if it cannot be read."""
+    lines: list[str] = []
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == "model name":
-                return value.strip()
-    return "an unknown CPU"
+        lines = path.read_text(encoding="utf-8").splitlines()
+    pairs = [line.partition(":") for line in lines]
+    return [value.strip() for name, _, value in pairs if name.strip() == key]
 
 
 def described(engine: Engine, config: Config) -> str:
@@ -121,7 +127,7 @@ class Turn:
 @contextlib.contextmanager
 def turn(config: Config, logger: Logger) -> Iterator[Turn | None]:
     """Hold the lock together with others, for as long as the engine is built and `of_engine` runs. None if this
-    configuration does not measure, or the cache cannot be written."""
+    configuration does not measure, or nothing can be written to the cache."""
     if not config.engine.measures:
         yield None
         return
@@ -129,7 +135,7 @@ def turn(config: Config, logger: Logger) -> Iterator[Turn | None]:
         folder().mkdir(parents=True, exist_ok=True)
         lock = Turn(folder() / ".lock")
     except (OSError, ModelError) as error:
-        logger.warning("the cost table will be measured at each start, since it cannot be kept: %s", error)
+        logger.warning("a cost table that is measured now cannot be kept: %s", error)
         yield None
         return
     try:
@@ -146,7 +152,7 @@ def of_engine(
     does not measure, or a measurement fails; the log says why."""
     if not config.engine.measures:
         return None
-    found = _kept(engine, config, logger) if lock is not None else None
+    found = _kept(engine, config, logger)
     if found is None and lock is not None:
         lock.hold(alone=True)
         found = _kept(engine, config, logger)  # another worker may have measured it
@@ -162,12 +168,10 @@ def of_engine(
 
 
 def _kept(engine: Engine, config: Config, logger: Logger) -> Cost | None:
-    path = path_of(engine, config)
-    if not path.exists():
-        return None
     try:
-        return cost.load(path)
-    except CostError as error:
+        path = path_of(engine, config)
+        return cost.load(path) if path.exists() else None
+    except (CostError, ModelError, OSError) as error:
         logger.warning("the cost table is measured again: %s", error)
         return None
 

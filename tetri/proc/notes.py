@@ -17,7 +17,7 @@ from tetri.wire.observation import Measures
 
 NO_COST = (
     "no cost table (engine.cost): routing, roles and predicted times follow assumed step times. "
-    "Make one with tetri-cli profile"
+    "engine.cost = auto measures them"
 )
 NOT_MEASURED = (
     "no worker has a cost table yet (engine.cost = auto): prompts are routed by their tokens, and without [slo] no "

@@ -27,7 +27,7 @@ def serve(system: str, setup: Setup, requests: Iterable[Arrival]) -> SimResult:
     setup.check()
     capacity = setup.capacity()
     kv_tokens = capacity.blocks * capacity.block_tokens
-    replicas = setup.prefill + setup.decode + setup.mixed
+    replicas = setup.prefill + setup.decode + setup.mixed + setup.auto
     outcomes: list[Outcome] = []
     limiter = Limiter(setup.slo, setup.cost, capacity.chunk_tokens)
     accepted = _accepted(requests, min(kv_tokens, capacity.context), outcomes, limiter)

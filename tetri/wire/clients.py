@@ -89,8 +89,8 @@ ClientMessage = Submit | Cancel | Attach | Inspect | CheckReadiness | Observe | 
 
 
 class ChangeRole(Record, tag="change_role", frozen=True):
-    """Changes the role in which an instance takes new work: prefill, decode or mixed. The answer is RoleChanged or
-    Refused."""
+    """Changes the role in which an instance takes new work: prefill, decode, mixed or auto. The answer is
+    RoleChanged or Refused."""
 
     key: Name
     iid: Name

@@ -26,13 +26,13 @@ class Load(Record, frozen=True):
     unread          transfers in a row whose KV it could not read, from several instances and with none that it could;
                     else 0
     context         of waiting and running: tokens of their prompts and outputs
+    step_s          predicted seconds of a decode step of waiting and running; 0 without any
+    share           share of its time that prefill gets while these keep their limits of TPOT, 0 to 1
+    base_s          predicted seconds of a decode step of one request without context
+    chunk_s         predicted seconds of the chunk with the best prefill rate, without decodes
     arrived         requests that were ever assigned to it
     arrived_s       predicted seconds of their prefill
     decoded         output tokens that its decode requests ever wrote
-    share           share of its time that prefill gets while the running decodes keep their TPOT limits, 0 to 1
-    step_s          predicted seconds of a decode step of waiting and running; 0 without any
-    base_s          predicted seconds of a decode step of one request without context
-    chunk_s         predicted seconds of the chunk with the best prefill rate, without decodes
     ttft_s, tpot_s  the limits of the requests here, in the median; 0: none is here, or they have none
     """
 
@@ -52,12 +52,12 @@ class Load(Record, frozen=True):
     stalled: bool = False
     unread: Count = 0
     context: Count = 0
+    step_s: float = 0.0
+    share: float = 1.0
+    base_s: float = 0.0
+    chunk_s: float = 0.0
     arrived: Count = 0
     arrived_s: float = 0.0
     decoded: Count = 0
-    share: float = 1.0
-    step_s: float = 0.0
-    base_s: float = 0.0
-    chunk_s: float = 0.0
     ttft_s: float = 0.0
     tpot_s: float = 0.0

@@ -240,6 +240,14 @@ def test_status_tells_who_is_there_and_who_can_never_be_paired(served):
     assert (status.requests, status.model, status.counters["accepted"]) == ({"queued": 1}, "m", 1)
 
 
+@pytest.mark.parametrize("role", ["mixed", "auto"])
+def test_who_does_both_exchanges_kv_with_all_others(role):
+    told = serving("p1", "d1")
+    told.tell(ready("x1", role), PeerUp("x1"))
+    paths = {each.iid: each.paths for each in told.status().instances}
+    assert paths == {"p1": {"shm": 2}, "d1": {"shm": 2}, "x1": {"shm": 2}}
+
+
 def test_status_tells_what_the_monitor_said_last_and_when(served):
     assert served.status().monitor is None
     served.tell(ClusterView(epoch=1, number=7, loads=[], flip="idle"))

@@ -166,17 +166,18 @@ def test_among_many_instances_only_some_are_named_and_among_none_none(told):
     assert refusal(serving().tell(ask("x", "decode"))) == "no instance is there"
 
 
+@pytest.mark.parametrize("both", ["mixed", "auto"])
 @pytest.mark.parametrize(
     "first, last, role, phase", [("d1", "d2", "prefill", "decode"), ("p1", "p2", "decode", "prefill")]
 )
-def test_the_last_of_a_role_stays(told, first, last, role, phase):
+def test_the_last_of_a_role_stays(told, first, last, role, phase, both):
     told.tell(ask(first, role), heartbeat(first, role))
     why = f"{last} is the last {phase} instance: flip another one to {phase} first, or make it mixed"
     assert refusal(told.tell(ask(last, role, "g"))) == why
-    told.tell(ask(last, "mixed", "h"), heartbeat(last, "mixed", FIRST + 1))
-    why = f"{last} is the last {phase} instance: flip another one to {phase} first, or leave it mixed"
+    told.tell(ask(last, both, "h"), heartbeat(last, both, FIRST + 1))
+    why = f"{last} is the last {phase} instance: flip another one to {phase} first, or leave it {both}"
     assert refusal(told.tell(ask(last, role, "i"))) == why
-    told.tell(ask(first, "mixed", "j"), heartbeat(first, "mixed", FIRST + 2))
+    told.tell(ask(first, both, "j"), heartbeat(first, both, FIRST + 2))
     assert not replies(told.tell(ask(last, role, "k")))
 
 

@@ -72,6 +72,18 @@ def test_chunks_exports_and_hand_over_of_a_prompt():
     assert traced(told) == [] and told.heartbeat().activity == activity
 
 
+def test_a_prompt_that_stays_says_so_and_exports_nothing():
+    told = working("m1", **ROOMY)
+    told.tell(assign("r", prompt=8))
+    step(told, 2.0)
+    step(told)
+    assert told.heartbeat().traced == [
+        TraceEvent("offered", "r", 1, at=0.0, peer="m1"),
+        TraceEvent("granted", "r", 1, at=0.0, peer="m1", note="its KV stays in its place"),
+        TraceEvent("chunk", "r", 1, at=0.0, seconds=2.0, last=8, size=8),
+    ]
+
+
 def test_an_export_lasts_until_its_chunk_is_in_the_slab_if_it_is_still_wanted():
     told = working("p1", "d1", **ROOMY)
     told.exports = False

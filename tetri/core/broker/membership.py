@@ -54,7 +54,7 @@ class Member:
 
     @property
     def role(self) -> str:
-        """prefill, decode or mixed."""
+        """prefill, decode, mixed or auto."""
         return self.instance.role
 
 
@@ -217,13 +217,12 @@ class Members:
         return pool
 
     def viewed(self, view: ClusterView) -> None:
-        """Apply a new view: how much of its time prefill gets on each instance. An instance that keeps to decode is the
-        last to get a prompt."""
-        self._shares = {
-            each.iid: LEAST_SHARE if view.keeps.get(each.iid) == "decode" else max(each.load.share, LEAST_SHARE)
-            for each in view.loads
+        """Apply a new view: how much of its time prefill gets on each adaptive instance, and its decodes."""
+        loads = {each.iid: each.load for each in view.loads if each.role == "auto"}
+        self._shares = {iid: max(load.share, LEAST_SHARE) for iid, load in loads.items()}
+        self._decodes = {
+            iid: 0 if iid in view.keeps else 1 + load.running + load.waiting for iid, load in loads.items()
         }
-        self._decodes = {each.iid: each.load.running + each.load.waiting for each in view.loads}
         for pool in self._pools:
             pool.share = []
 
@@ -285,7 +284,8 @@ class Members:
         phases = (("prefill", prefillers), ("decode", decoders))
         self._largest = {phase: max((each.capacity.tokens for each in able), default=inf) for phase, able in phases}
         to_decode = Compatibility(decoders)
-        self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), "mixed": Compatibility(live)}
+        both = dict.fromkeys(("mixed", "auto"), Compatibility(live))
+        self._compatible = {"prefill": to_decode, "decode": Compatibility(prefillers), **both}
         able: list[tuple[int, str]] = []
         for instance in prefillers:
             choice = to_decode.of(instance).total

@@ -123,8 +123,9 @@ class Flips:
             if member.role in serving and role not in serving:
                 needed = self._needed(member, serving)
                 if needed is not None:
-                    mixed = "leave it mixed" if member.role == "mixed" else "make it mixed"
-                    return f"{iid} is the last {phase} instance{needed}: flip another one to {phase} first, or {mixed}"
+                    both = member.role in PREFILL_ROLES and member.role in DECODE_ROLES
+                    why = f"{iid} is the last {phase} instance{needed}: flip another one to {phase} first"
+                    return f"{why}, or {f'leave it {member.role}' if both else 'make it mixed'}"
         return None
 
     def _needed(self, member: Member, serving: tuple[str, ...]) -> str | None:

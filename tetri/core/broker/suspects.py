@@ -68,6 +68,11 @@ def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:
     columns = [column for column, iid in enumerate(pool.iids) if iid not in iids] if iids else []
     if not columns:
         return pool
-    last = columns.index(pool.last) if pool.last in columns else -1
-    named = ([values[column] for column in columns] for values in (pool.iids, pool.queued_s, pool.share, pool.decodes))
-    return PrefillPool(*named, last, pool.ttft_s)
+    return PrefillPool(
+        iids=[pool.iids[column] for column in columns],
+        queued_s=[pool.queued_s[column] for column in columns],
+        share=[pool.share[column] for column in columns],
+        decodes=[pool.decodes[column] for column in columns],
+        ttft_s=pool.ttft_s,
+        last=columns.index(pool.last) if pool.last in columns else -1,
+    )

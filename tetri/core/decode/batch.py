@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, takewhile
+from math import inf
 from typing import Any
 
 from tetri.core.actions import Broken, HoldRequest
@@ -21,7 +22,8 @@ from tetri.request import LengthRange, Token, blocks_for
 from tetri.wire.messages import End, TokenItem
 
 AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
-EARLY = 0.1
+EXPECTED = 0.5  # of the usual output: tokens that a running request is expected to write yet
+SOON = 0.1  # of those: in which it may catch up even when no prompt is late
 Ended = list[tuple[DecodeRequest, End]]
 
 
@@ -178,21 +180,21 @@ class Batch:
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
 
-    def ahead_s(self, now: float, step_s: float, more: float) -> tuple[list[float], list[float]]:
-        """Return how long the next step may take so that a running request keeps its limit of TPOT with its next token,
-        and the same with `more` tokens after it, in steps of `step_s` seconds; for each request that has a limit."""
-        ahead: list[float] = []
-        later: list[float] = []
+    def slack_s(self, now: float) -> tuple[float, float]:
+        """Return how long the next step may take so that every running request keeps its limit of TPOT: with its next
+        tokens, and with all that it is expected to write yet. Infinite without a limit. One that cannot keep its limit
+        any more does not count."""
+        step_s = self.forecast.cost.decode_s(len(self.running), self.forecast.context)
+        more = EXPECTED * self.forecast.usual_output
+        soon = later = inf
         for request in self.running.values():
-            limit_s = request.offer.tpot_s
-            if limit_s is not None:
-                tpot_s = AIMED * limit_s
-                left = request.first_at - now + len(request.tokens) * tpot_s
-                gain = left + more * max(tpot_s - step_s, 0.0)
-                if gain >= step_s:
-                    ahead.append(left + EARLY * (gain - left))
-                    later.append(gain)
-        return ahead, later
+            if request.offer.tpot_s is not None:
+                tpot_s = AIMED * request.offer.tpot_s
+                ahead = request.first_at - now + len(request.tokens) * tpot_s
+                gain = more * max(tpot_s - step_s, 0.0)
+                if ahead + gain >= step_s:
+                    soon, later = min(soon, ahead + SOON * gain), min(later, ahead + gain)
+        return soon, later
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""

@@ -12,7 +12,6 @@ from tetri.cost import CorrectedCost
 from tetri.policy.length import end_of, heavy, moved_up
 from tetri.request import LengthRange, blocks_for
 
-
 LEARNED = 0.05  # weight of the newest output in the mean length of outputs
 
 
@@ -85,6 +84,10 @@ class LoadForecast:
     def until_moved(self, request: DecodeRequest) -> int:
         """Return how many tokens a request may write before its length range ends."""
         return NEVER if request.length is None else request.length.high - request.written
+
+    def step_s(self) -> float:
+        """Return the predicted seconds of a decode step of all requests."""
+        return self.cost.decode_s(self.requests, self.context)
 
     def decode_s(self) -> float:
         """Return the predicted seconds until all requests have ended, as if they shared the remaining tokens evenly.

@@ -121,6 +121,10 @@ class DecodeScheduler:
         """Return the number of requests that do not run yet."""
         return self.forecast.requests - len(self.batch.running)
 
+    def tpot_limits(self) -> list[float | None]:
+        """Return the limit of TPOT of each request that has not ended."""
+        return [request.offer.tpot_s for request in self.requests.values() if request.end is None]
+
     def check(self) -> None:
         """Raise Broken when hand-overs, requests, batch, ledger, indexes and forecast disagree."""
         self.batch.check()

@@ -51,7 +51,7 @@ class LivePool:
 
     def refresh(self) -> None:
         """Update the columns from the newest membership, reports and own load."""
-        load = None if self.home is None or self.peers.keeps() == "prefill" else self.home.load()
+        load = None if self.home is None or self.peers.keeps(self.own.iid) else self.home.load()
         if self._version != self.peers.version or (load is None) != (self._home_column is None):
             self._build(load)
         elif load is not None and self._home_column is not None:
@@ -196,7 +196,8 @@ class LivePool:
         self._member_version = self.peers.member_version
         self._instances = self.peers.decoders()
         self._home_column = len(self._instances) if decodes_here else None
-        self.columns.home = -1 if self._home_column is None else self._home_column
+        adapts = self.home is not None and self.home.adapts()
+        self.columns.home = self._home_column if adapts and self._home_column is not None else -1
         iids = [instance.iid for instance in self._instances] + [self.own.iid] * decodes_here
         self._column = {iid: column for column, iid in enumerate(iids)}
         self._smallest_blocks = min((instance.capacity.blocks for instance in self._instances), default=0)

@@ -200,7 +200,7 @@ class Dispatcher:
 
     def _stay(self, request: PrefillRequest, decode_key: str) -> list[Action]:
         """Let a request decode here, without a copy of its KV. What has left the engine already is of no use."""
-        self.activity.happened("granted", request.lead, self.own.iid)
+        self.activity.happened("granted", request.lead, self.own.iid, "its KV stays in its place")
         self.keeping.pop(request.key, None)
         freed = [Free(handle) for handle in request.flow.stay(decode_key)]
         return [StayRequest(request.key, decode_key), *freed]

@@ -16,6 +16,9 @@ class Home(Protocol):
     def load(self) -> Load | None:
         """Return what a decode route reads of the load of this instance; None if its role takes no decodes."""
 
+    def adapts(self) -> bool:
+        """Return whether the role of this instance is auto."""
+
     def stay(self, offer: Offer) -> tuple[str, list[Action]] | None:
         """Expect a request here, whose KV is computed in its place. Return the key of its decode request; None if it
         cannot stay."""

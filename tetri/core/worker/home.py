@@ -20,6 +20,10 @@ class WorkerHome:
         """As in Home."""
         return self.reporter.decode_load() if self.reporter.role in DECODE_ROLES else None
 
+    def adapts(self) -> bool:
+        """As in Home."""
+        return self.reporter.role == "auto"
+
     def stay(self, offer: Offer) -> tuple[str, list[Action]] | None:
         """As in Home."""
         return self.hand_overs.stay(offer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 from tetri.core.actions import BROKER, Publish, Send
@@ -17,7 +18,6 @@ from tetri.request import StepRatio
 from tetri.wire.load import Load
 from tetri.wire.messages import CostTable, Heartbeat, Hold, LoadReport, Ready
 
-AIMED = 0.9
 LISTED = 1000  # most requests that a heartbeat lists, on average
 LEAST, MOST = 3, 31  # steps of a phase that were compared before it has a ratio, and the last ones that count
 
@@ -77,6 +77,11 @@ def _median(ratios: deque[float]) -> float | None:
     return sorted(ratios)[len(ratios) // 2] if len(ratios) >= LEAST else None
 
 
+def _middle(limits: Iterable[float | None]) -> float:
+    found = sorted(limit for limit in limits if limit is not None)
+    return found[len(found) // 2] if found else 0.0
+
+
 class LoadReporter:
     """Makes a worker's reports. `role` decides which new work others send; `flip` is the number of the Flip that set
     it, 0 before the first. `busy`: the share of time in which the engine computed, as of the last load report."""
@@ -118,27 +123,24 @@ class LoadReporter:
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
             unread=self.hand_overs.kv_receive.failing,
-            **self._slack(),
+            **self._pace(),
         )
 
-    def _slack(self) -> dict[str, Any]:
-        forecast, cost = self.decode.forecast, self.cost
-        step_s = cost.decode_s(forecast.requests, forecast.context)
-        limits = sorted(r.offer.tpot_s for r in self.decode.requests.values() if r.end is None and r.offer.tpot_s)
-        tpot_s = limits[len(limits) // 2] if limits else 0.0
-        share = max(1.0 - step_s / (AIMED * tpot_s), 0.0) if tpot_s else 1.0
-        knee = self.own.cost.chunk_tokens or self.own.capacity.chunk_tokens
-        ttfts = sorted(r.slo.ttft_s for r in self.prefill.requests.values() if r.slo.ttft_s)
+    def _pace(self) -> dict[str, Any]:
+        """Return what the load says of time and limits."""
+        prefill, forecast, own = self.prefill, self.decode.forecast, self.own
+        step_s, tpot_s = forecast.step_s(), _middle(self.decode.tpot_limits())
+        knee = own.cost.chunk_tokens or own.capacity.chunk_tokens
         return {
             "context": forecast.context,
-            "arrived": self.prefill.arrived,
-            "arrived_s": self.prefill.arrived_s,
-            "decoded": self.activity.decode_tokens,
-            "share": share,
             "step_s": step_s,
-            "base_s": cost.decode_s(1, 0),
-            "chunk_s": cost.chunk_s((Span("", 0, knee),)),
-            "ttft_s": ttfts[len(ttfts) // 2] if ttfts else 0.0,
+            "share": max(1.0 - step_s / tpot_s, 0.0) if tpot_s else 1.0,
+            "base_s": self.cost.decode_s(1, 0),
+            "chunk_s": self.cost.chunk_s((Span("", 0, knee),)),
+            "arrived": prefill.arrived,
+            "arrived_s": prefill.arrived_s,
+            "decoded": self.activity.decode_tokens,
+            "ttft_s": prefill.ttft_s,
             "tpot_s": tpot_s,
         }
 
@@ -154,7 +156,7 @@ class LoadReporter:
             growth_blocks=forecast.growth,
             kept_blocks=self.hand_overs.kept_blocks(),
             deferred_blocks=self.hand_overs.deferred.blocks,
-            step_s=self.cost.decode_s(forecast.requests, forecast.context),
+            step_s=forecast.step_s(),
         )
 
     def _free_blocks(self) -> int:

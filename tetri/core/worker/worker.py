@@ -226,7 +226,9 @@ class Worker:
         if queued and batch.lone is None:
             if self.role == "auto":
                 chunk = self.chunk_limit.tokens(budget - decodes, now)
-            actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, now), now)
+            # A prompt that stays keeps its blocks: leave the batch what it will need, as a grant does.
+            free = self.ledger.free - (batch.kept_free() if self.dispatcher.decodes_here else 0)
+            actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, free, now), now)
         lone = batch.lone or prefill.lone()
         if lone is not None and not lone_steps.gives_way(lone):
             return self._wait([*actions, *lone_steps.announce(lone)])
@@ -245,7 +247,8 @@ class Worker:
             actions += prefill.holding()
         timer = self.timers.next()
         assert timer is not None  # the heartbeat's timer is always set
-        return self._start_step(actions, 1 if prefill.expected or chunk is not None else batch.most(timer - now), now, chunk)
+        most = 1 if prefill.expected or chunk is not None else batch.most(timer - now)
+        return self._start_step(actions, most, now, chunk)
 
     def _free_memory(self) -> FreeMemory | None:
         """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""

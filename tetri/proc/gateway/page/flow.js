@@ -105,7 +105,7 @@ function drawDots(now, box, seen) {
     if (!path) { dots.splice(i, 1); continue; }
     if (t < 0) continue;
     const smooth = t * t * (3 - 2 * t);
-    pen.fillStyle = colours[dot.tone];
+    pen.fillStyle = colours[dot.tone] ?? colours.mixed;
     for (let tail = 4; tail >= 0; tail--) {
       pen.globalAlpha = tail ? 0.28 - 0.06 * tail : 1;
       pen.beginPath();
