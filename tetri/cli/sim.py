@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ SYSTEMS = ("tetri", "coupled16", "coupled")
 NOT_SIMULATED = {"flip": "use --flip", "gone_s": "20 s with --faults, else endless", "cpus": "there are no processes"}
 
 
-@click.group("sim", cls=LazyGroup, lazy=("paper", "replay"), prefix="sim_")
+@click.group("sim", cls=LazyGroup, lazy=("paper", "replay", "sweep"), prefix="sim_")
 def command() -> None:
     """Simulate a deployment. The simulator runs the schedulers of the live system."""
 
@@ -134,21 +133,11 @@ def run(**options: Any) -> int:
     return OK
 
 
-@contextmanager
-def _uncollected() -> Iterator[None]:
-    """Switch the garbage collector off. A run makes millions of objects and hardly any cycles of them (with faults, a
-    dozen objects a request), and the collector would take a tenth of its time."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-
-
 def simulated(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
     """(the result as JSON data, the result to plot). Raises SimError, TraceError, CostError, FaultsError, ConfigError
     or UsageError."""
     from tetri.sim.baselines import serve
+    from tetri.sim.kernel import uncollected
     from tetri.sim.report import summary
 
     started = perf_counter()
@@ -156,7 +145,7 @@ def simulated(options: dict[str, Any]) -> tuple[dict[str, Any], Any]:
         _check_coupled(options)
     setup = _setup(options)
     arrivals, total, notes = _arrivals(options)
-    with _uncollected():
+    with uncollected():
         if options["system"] == "tetri":
             with progress_bar(total) as progress:
                 result = _world(setup, arrivals, options["faults"], options["cuts"], progress).run()

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tetri.core.actions import BROKER, Action, Broken, MonitorInput, Publish, Send
+from tetri.core.separation import Separation
 from tetri.core.timers import Timers
 from tetri.policy.flip import rescue
 from tetri.policy.rules import FLIPS
@@ -102,6 +103,7 @@ class Monitor:
         self.load_s, self.stale_s, self.gone_s = load_s, stale_s, gone_s
         self.instances: dict[str, Observed] = {}
         self.number = 0
+        self.separation = Separation()
         self.timers: Timers[str] = Timers()
         self.rescued: dict[str, str] = {}  # instances that became mixed in a rescue -> their own role
         self.quiet_until = now + settings.hold_s  # no flip before, except a rescue
@@ -169,7 +171,9 @@ class Monitor:
         self.number += 1
         known = self.instances.items()
         loads = [InstanceLoad(iid, each.incarnation, each.role, now - each.at, each.load) for iid, each in known]
-        return Publish(ClusterView(epoch=self.epoch, number=self.number, loads=loads, flip=self.flip))
+        adaptive = {iid: each.load for iid, each in known if each.role == "auto"}
+        keeps = self.separation.look(adaptive, now)
+        return Publish(ClusterView(epoch=self.epoch, number=self.number, loads=loads, flip=self.flip, keeps=keeps))
 
     def _remove_gone(self, now: float) -> None:
         gone = [iid for iid, observed in self.instances.items() if now - observed.at >= self.gone_s]

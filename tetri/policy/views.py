@@ -108,6 +108,34 @@ class MixedStep(Value, frozen=True):
     start: int = 0
 
 
+class ClusterLoad(Value, frozen=True):
+    """What the adaptive instances do together, over the last seconds.
+
+    instances   how many there are
+    prefill     seconds of prefill that arrive in a second, predicted for chunks without decodes
+    tokens      output tokens a second, of all
+    context     tokens of all requests that decode or wait for it
+    kv_tokens   that one instance holds
+    mean_s, long_s    seconds of the prefill of a prompt: the mean, and that of a long one
+    base_s, request_s a decode step takes base_s, and request_s more for each request in it
+    beside      time that a chunk adds to a decode step, over that of the chunk alone
+    ttft_s, tpot_s    the limits
+    """
+
+    instances: int
+    prefill: float
+    tokens: float
+    context: int
+    kv_tokens: int
+    mean_s: float
+    long_s: float
+    base_s: float
+    request_s: float
+    beside: float
+    ttft_s: float
+    tpot_s: float
+
+
 class BatchMember(Value, frozen=True):
     """A request in the running batch. It holds the KV of `tokens` tokens and is predicted to end with `end` tokens, at
     least one more."""

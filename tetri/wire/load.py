@@ -25,8 +25,15 @@ class Load(Record, frozen=True):
     stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine
     unread          transfers in a row whose KV it could not read, from several instances and with none that it could;
                     else 0
+    context         of waiting and running: tokens of their prompts and outputs
     step_s          predicted seconds of a decode step of waiting and running; 0 without any
     share           share of its time that prefill gets while these keep their limits of TPOT, 0 to 1
+    base_s          predicted seconds of a decode step of one request without context
+    chunk_s         predicted seconds of the chunk with the best prefill rate, without decodes
+    arrived         requests that were ever assigned to it
+    arrived_s       predicted seconds of their prefill
+    decoded         output tokens that its decode requests ever wrote
+    ttft_s, tpot_s  the limits of the requests here, in the median; 0: none is here, or they have none
     """
 
     free_blocks: int
@@ -44,5 +51,13 @@ class Load(Record, frozen=True):
     busy: float = 0.0
     stalled: bool = False
     unread: Count = 0
+    context: Count = 0
     step_s: float = 0.0
     share: float = 1.0
+    base_s: float = 0.0
+    chunk_s: float = 0.0
+    arrived: Count = 0
+    arrived_s: float = 0.0
+    decoded: Count = 0
+    ttft_s: float = 0.0
+    tpot_s: float = 0.0

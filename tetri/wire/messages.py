@@ -180,12 +180,14 @@ class InstanceLoad(Struct, frozen=True, array_like=True, forbid_unknown_fields=T
 class ClusterView(Record, tag="view", frozen=True):
     """The load of all instances that report, published every `load_ms` and at once after a role change. A higher
     `number` replaces a lower one of the same `epoch` (the monitor's incarnation). `flip`: name of the monitor's flip
-    policy."""
+    policy. `keeps`: the phase that an adaptive instance keeps to for now: prefill. The others decode, and prefill too
+    where their decodes leave time."""
 
     epoch: int
     number: Count
     loads: list[InstanceLoad]
     flip: str = "none"
+    keeps: dict[Name, str] = {}
 
 
 # ---- to a worker's inbox

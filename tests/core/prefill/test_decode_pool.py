@@ -29,6 +29,9 @@ class World:
     def load(self):
         return self.home
 
+    def adapts(self):
+        return False
+
     def membership(self, *instances):
         self.number += 1
         self.peers.update(membership(self.number, *instances))
@@ -176,6 +179,35 @@ def test_home_is_a_column_while_it_decodes_and_never_stale(world):
     assert world.columns()["p1"] == (6, 5, 0, 1)
     world.home = None
     assert list(world.columns()) == ["d1", "d2"]
+
+
+@pytest.mark.parametrize(
+    "free, chosen, later",
+    [(6, "p1", "p1"), (0, "p1", "p1"), (-1, None, "p1")],
+    ids=["much", "its own blocks", "less than nothing"],
+)
+def test_at_home_the_blocks_of_a_prompt_that_may_stay_count_as_free(free, chosen, later):
+    """For it alone, and not once it is computed."""
+    world = World(instance("p2", "prefill"))
+    world.home = Load(free_blocks=free)
+    before = world.columns()
+    made = prefill_request(assign("a", 16))
+    made.running = True
+    need = Need(4, 4, False)
+    assert world.pool.choose(made, need, (), Random(1)) == chosen
+    assert world.pool.choose_later(made, (), Random(1)) == later and world.columns() == before
+    made.choices[0].token = 7
+    assert world.pool.choose(made, need, (), Random(1)) == ("p1" if free >= 4 else None)
+
+
+def test_at_home_a_prompt_that_may_stay_must_fit_once():
+    world = World(instance("p2", "prefill"), slots=3)
+    world.home = Load(free_blocks=0)
+    made = prefill_request(assign("a", 36, max_tokens=4))
+    assert not world.pool.fits(made)
+    world.columns()
+    made.running = True
+    assert world.pool.fits(made) and world.pool.choose(made, Need(9, 10, False), (), Random(1)) == "p1"
 
 
 @pytest.mark.parametrize("slots, fits", [(8, False), (9, True)])  # three of them are the reserve

@@ -287,6 +287,18 @@ def test_one_that_needs_more_than_half_of_the_memory_stays():
     assert told.load().free_blocks == 5 - 4
 
 
+@pytest.mark.parametrize("role, starts", [("mixed", False), ("prefill", True)])
+def test_a_prompt_that_may_stay_leaves_the_batch_what_it_will_need(role, starts):
+    """Of 8 blocks `x` has three, and needs two more soon: four for a prompt would stay away until it ends."""
+    told = working("m1", "d1", role=role, capacity=capacity(blocks=8, context=32))
+    told.running("x", prompt=11, max_tokens=20)
+    told.tell(assign("a", prompt=16, max_tokens=4))
+    told.step()
+    assert (PREFILL in told.requests) == starts
+    told.step(x="stop")
+    assert [span[0] for span in told.run()] == ["a"]
+
+
 def test_one_that_finds_no_slots_stays_and_goes_on_at_once():
     """Of four slots, three are the reserve; `b` waits with a block in the last one."""
     told = working("m1", role="prefill", slots=4, capacity=capacity(blocks=40, context=100))

@@ -129,7 +129,7 @@ def test_a_step_for_which_slots_are_short_by_then_is_over_before_it_begins():
 @pytest.fixture
 def short():
     """`s` has started and waited for slots, while `x` has grown into memory that is not there. Now it may go on."""
-    told = working("m1", "d1", role="mixed", capacity=capacity(blocks=6, context=24, max_batch=4), slots=3)
+    told = working("m1", "d1", role="prefill", capacity=capacity(blocks=6, context=24, max_batch=4), slots=3)
     told.running("x", max_tokens=14)
     told.tell(suspect(prompt=12))
     while told.core.ledger.free >= 0:

@@ -284,7 +284,7 @@ def test_a_decode_that_is_computed_again_takes_its_share_of_the_budget():
 
 
 def test_none_of_a_chunk_need_run_while_memory_is_overdrawn():
-    told = working("d1", capacity=capacity(blocks=8, context=32, chunk_tokens=3), reserve_share=1.0)
+    told = working("d1", role="prefill", capacity=capacity(blocks=8, context=32, chunk_tokens=3), reserve_share=1.0)
     told.running("x", prompt=11, src="d9", max_tokens=20)
     told.tell(assign("a", prompt=16))
     while told.load().free_blocks >= 0:

@@ -1,6 +1,9 @@
 import pytest
 
 from tetri.cost import Cost
+from tetri.sim.sweep.arrangements import named
+from tetri.sim.sweep.cases import Case
+from tetri.sim.sweep.evaluate import evaluate
 from tetri.sim.sweep.fluid import bound
 
 #: 1 ms a prompt token in chunks, 10 ms a decode step and 1 ms for each request more
@@ -33,3 +36,27 @@ def test_a_stricter_limit_is_no_better_and_one_below_a_step_is_none():
 def test_the_memory_limits_the_batch():
     small = Cost(prefill=COST.prefill, decode=COST.decode, kv_tokens=500)
     assert bound(small, [(100, 51)], 1.0, 1) < 0.9 * bound(COST, [(100, 51)], 1.0, 1)
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        (Case("LPHD", "cpu-smollm2", 2, "balanced", size=2000), "coupled-ll-512"),
+        (Case("HPHD", "v100-opt13b", 2, "tight-tpot", size=2000), "coupled-ll-256"),
+        (Case("HPLD", "cpu-smollm2", 4, "balanced", size=2000), "tandem-3+1-512"),
+        (Case("Mixed", "v100-opt13b", 4, "tight-ttft", size=2000), "tandem-1+3-512"),
+    ],
+    ids=lambda each: each if isinstance(each, str) else each.name,
+)
+def test_no_arrangement_reaches_the_goal_above_the_bound(case, name):
+    split = named(name.replace("tandem", "split"), case.instances)
+    arrangement = split.estimate if name.startswith("tandem") else split
+    assert evaluate(case, arrangement, 1.02 * case.bound).attained[case.regime].share < 0.9
+
+
+def test_the_bound_of_a_split_is_that_of_its_slower_phase_and_below_that_of_all():
+    case = Case("HPLD", "cpu-smollm2", 4, "balanced")
+    bounds = [case.split_bound(prefill, 4 - prefill, 512) for prefill in (1, 2, 3)]
+    assert bounds == sorted(bounds) and bounds[0] == pytest.approx(bounds[1] / 2)
+    assert bounds[2] < case.bound
+    assert case.split_bound(3, 1, 256) < bounds[2]  # smaller chunks are slower

@@ -220,7 +220,9 @@ class Members:
         """Apply a new view: how much of its time prefill gets on each adaptive instance, and its decodes."""
         loads = {each.iid: each.load for each in view.loads if each.role == "auto"}
         self._shares = {iid: max(load.share, LEAST_SHARE) for iid, load in loads.items()}
-        self._decodes = {iid: load.running + load.waiting for iid, load in loads.items()}
+        self._decodes = {
+            iid: 0 if iid in view.keeps else 1 + load.running + load.waiting for iid, load in loads.items()
+        }
         for pool in self._pools:
             pool.share = []
 

@@ -117,11 +117,9 @@ class DecodeScheduler:
         """Return the number of requests that do not run yet."""
         return self.forecast.requests - len(self.batch.running)
 
-    def prefill_share(self) -> float:
-        """Return the share of the time that chunks may take while the requests here keep their limits of TPOT."""
-        limits = [request.offer.tpot_s for request in self.requests.values() if request.end is None]
-        limits_s = sorted(limit_s for limit_s in limits if limit_s is not None)
-        return max(1.0 - self.forecast.step_s() / limits_s[len(limits_s) // 2], 0.0) if limits_s else 1.0
+    def tpot_limits(self) -> list[float | None]:
+        """Return the limit of TPOT of each request that has not ended."""
+        return [request.offer.tpot_s for request in self.requests.values() if request.end is None]
 
     def check(self) -> None:
         """Raise Broken when hand-overs, requests, batch, ledger, indexes and forecast disagree."""

@@ -47,8 +47,10 @@ class Peers:
         """Apply a new view. Return False for an older one of the same monitor."""
         if view.epoch == self.seen[0] and view.number <= self.seen[1]:
             return False
+        kept = {} if self._view is None else self._view.keeps
         self.seen, self.seen_at, self._view = (view.epoch, view.number), now, view
         self.version += 1
+        self.member_version += view.keeps != kept
         return True
 
     def expire(self, now: float) -> None:
@@ -66,6 +68,10 @@ class Peers:
     def informed(self) -> bool:
         """Whether the loads are known."""
         return self._view is not None
+
+    def keeps(self, iid: str) -> bool:
+        """Return whether an instance keeps to prefill for now."""
+        return self._view is not None and iid in self._view.keeps
 
     def loads(self) -> dict[str, InstanceLoad]:
         """Return the newest reports by instance, perhaps of an earlier incarnation."""
@@ -154,4 +160,5 @@ class Peers:
 
     def decoders(self) -> list[Instance]:
         """Return the connected, KV compatible instances that take new decode work."""
-        return [instance for iid, instance in self._decoders.items() if iid in self.up]
+        able = [instance for iid, instance in self._decoders.items() if iid in self.up]
+        return [instance for instance in able if not self.keeps(instance.iid)] or able

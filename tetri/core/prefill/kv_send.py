@@ -112,7 +112,7 @@ class KVSend:
         """Raise Broken when the slots disagree with the requests, or too many belong to requests without a grant."""
         for request in requests:
             kept = sum(chunk.stop - chunk.start for chunk in request.flow.in_flight.values())
-            if request.decodes and kept + request.flow.landed > request.flow.exported:
+            if request.decodes and not request.flow.stays and kept + request.flow.landed > request.flow.exported:
                 raise Broken(f"{request.key} moved more blocks than it exported")
         if {request.key for request in requests if request.decodes and request.flow.kept} != {*self.keeping}:
             raise Broken(f"slots are kept for others than {list(self.keeping)}")

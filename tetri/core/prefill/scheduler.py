@@ -38,6 +38,8 @@ class PrefillScheduler:
     choices    the same by the keys of all their choices, closed ones included
     expected   the planned chunk
     budget     tokens of the planned step that prefill may use
+    arrived    requests that were ever assigned, and `arrived_s` the predicted seconds of their prefill
+    ttft_s     the limit of TTFT of the last of them; 0: it had none
     """
 
     def __init__(
@@ -63,6 +65,8 @@ class PrefillScheduler:
         self._attempts: dict[str, dict[str, PrefillChoice]] = {}  # rid -> its attempts here, by key
         self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
+        self.arrived, self.arrived_s = 0, 0.0
+        self.ttft_s = 0.0
 
     @property
     def slots_used(self) -> int:
@@ -100,6 +104,10 @@ class PrefillScheduler:
         tokens = len(prompt) + len(output)
         left_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
         due = None if message.deadline_s is None else now + message.deadline_s
+        self.arrived += 1
+        self.arrived_s += left_s * self.cost.prefill
+        if not message.output:
+            self.ttft_s = message.slo.ttft_s or 0.0
         queued = QueuedPrompt(key, self._arrivals, tokens, now, left_s * self.cost.prefill, due)
         sampling = message.sampling
         if choices[0].rid != message.rid:
@@ -153,12 +161,13 @@ class PrefillScheduler:
 
     # ------------------------------------------------------------ the next chunk
 
-    def plan(self, budget: int, now: float) -> list[Action]:
-        """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine.
+    def plan(self, budget: int, free: int, now: float) -> list[Action]:
+        """Choose the next chunk, of up to `budget` tokens, and add its requests to the engine: new ones only as far as
+        `free` KV blocks suffice.
 
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
         may use the reserve. One that stays here needs no slots, and goes on at once."""
-        self.budget, most, free = budget, self.own.capacity.max_batch, self.ledger.free
+        self.budget, most = budget, self.own.capacity.max_batch
         prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
         keys = [span.key for span in self.expected]

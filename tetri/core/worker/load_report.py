@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
+from typing import Any
 
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.batch import Batch
@@ -11,7 +13,7 @@ from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.cost import CURVES, CorrectedCost, Cost
-from tetri.engine_request import StepDone
+from tetri.engine_request import Span, StepDone
 from tetri.request import StepRatio
 from tetri.wire.load import Load
 from tetri.wire.messages import CostTable, Heartbeat, Hold, LoadReport, Ready
@@ -75,6 +77,11 @@ def _median(ratios: deque[float]) -> float | None:
     return sorted(ratios)[len(ratios) // 2] if len(ratios) >= LEAST else None
 
 
+def _middle(limits: Iterable[float | None]) -> float:
+    found = sorted(limit for limit in limits if limit is not None)
+    return found[len(found) // 2] if found else 0.0
+
+
 class LoadReporter:
     """Makes a worker's reports. `role` decides which new work others send; `flip` is the number of the Flip that set
     it, 0 before the first. `busy`: the share of time in which the engine computed, as of the last load report."""
@@ -116,9 +123,26 @@ class LoadReporter:
             busy=self.busy,
             stalled=self.prefill.dispatcher.stalled(),
             unread=self.hand_overs.kv_receive.failing,
-            step_s=forecast.step_s(),
-            share=self.decode.prefill_share(),
+            **self._pace(),
         )
+
+    def _pace(self) -> dict[str, Any]:
+        """Return what the load says of time and limits."""
+        prefill, forecast, own = self.prefill, self.decode.forecast, self.own
+        step_s, tpot_s = forecast.step_s(), _middle(self.decode.tpot_limits())
+        knee = own.cost.chunk_tokens or own.capacity.chunk_tokens
+        return {
+            "context": forecast.context,
+            "step_s": step_s,
+            "share": max(1.0 - step_s / tpot_s, 0.0) if tpot_s else 1.0,
+            "base_s": self.cost.decode_s(1, 0),
+            "chunk_s": self.cost.chunk_s((Span("", 0, knee),)),
+            "arrived": prefill.arrived,
+            "arrived_s": prefill.arrived_s,
+            "decoded": self.activity.decode_tokens,
+            "ttft_s": prefill.ttft_s,
+            "tpot_s": tpot_s,
+        }
 
     def decode_load(self) -> Load:
         """What a decode route reads of the load of this instance, for its own prompts. The dispatcher calls this, so it

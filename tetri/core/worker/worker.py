@@ -217,7 +217,9 @@ class Worker:
         if queued and batch.lone is None:
             if self.role == "auto":
                 chunk = self.chunk_limit.tokens(budget - decodes, now)
-            actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, now), now)
+            # A prompt that stays keeps its blocks: leave the batch what it will need, as a grant does.
+            free = self.ledger.free - (batch.kept_free() if self.dispatcher.decodes_here else 0)
+            actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, free, now), now)
         lone = batch.lone or prefill.lone()
         if lone is not None and not lone_steps.gives_way(lone):
             return self._wait([*actions, *lone_steps.announce(lone)])

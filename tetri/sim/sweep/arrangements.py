@@ -8,18 +8,19 @@ auto             instances of the role auto, by the live cores
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 CHUNKS = (256, 512, 2048)
 MOST_SPLITS = 8  # all splits of fewer instances; of more, those with these shares of prefill instances:
 SHARES = (1 / 8, 1 / 4, 1 / 2, 3 / 4)
 AUTO = "auto"
+TANDEM = "tandem"  # an estimate of a split (see `quick`)
 
 
 @dataclass(frozen=True, slots=True)
 class Arrangement:
-    """One arrangement. `kind`: coupled-rr, coupled-ll, split or auto. `prefill`: instances of a split. `chunk`: most
-    tokens of a step; 0: as in the cost table."""
+    """One arrangement. `kind`: coupled-rr, coupled-ll, split, tandem or auto. `prefill`, `decode`: instances of a
+    split. `chunk`: most tokens of a step; 0: as deployed."""
 
     kind: str
     prefill: int = 0
@@ -29,13 +30,13 @@ class Arrangement:
     @property
     def name(self) -> str:
         """The name of the arrangement."""
-        roles = f"-{self.prefill}+{self.decode}" if self.kind == "split" else ""
+        roles = f"-{self.prefill}+{self.decode}" if self.prefill else ""
         return f"{self.kind}{roles}" + (f"-{self.chunk}" if self.chunk else "")
 
     @property
-    def coupled(self) -> bool:
-        """Whether every instance serves its requests by itself."""
-        return self.kind.startswith("coupled")
+    def estimate(self) -> Arrangement:
+        """Of a split: its estimate."""
+        return replace(self, kind=TANDEM)
 
 
 def fixed(instances: int) -> list[Arrangement]:

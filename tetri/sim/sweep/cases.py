@@ -75,6 +75,11 @@ class Case:
         tpot_s = self.slo().tpot_s or 0.0
         return _bound(self.workload, self.trace, self.cost, tpot_s) * self.instances
 
+    def split_bound(self, prefill: int, decode: int, chunk: int) -> float:
+        """Requests a second that a split does not exceed."""
+        lengths = _sample(self.workload, self.trace, self.cost)
+        return fluid.split_bound(costs.load(self.cost), lengths, self.slo().tpot_s or 0.0, prefill, decode, chunk)
+
     @property
     def requests(self) -> int:
         """Number of requests of a run."""
@@ -85,6 +90,11 @@ class Case:
         drawn = _drawn(self.workload, self.trace, self.cost, self.requests)
         return (Arrival(at / rate, prompt, output) for at, prompt, output in drawn)
 
+    @property
+    def arrivals_digest(self) -> str:
+        """A digest of the requests."""
+        return _drawn_digest(self.workload, self.trace, self.cost, self.requests)
+
     def counted(self, requests: int) -> tuple[int, int]:
         """The first request that counts, and the one after the last. The start of a run does not count, nor does its
         end, where no more requests follow."""
@@ -93,11 +103,14 @@ class Case:
         return int(COUNTED[0] * requests), int(COUNTED[1] * requests)
 
 
-def cases(traces: Sequence[str | Path] = ()) -> list[Case]:
-    """All cases; each trace is one more workload, with the name of its file."""
+def cases(traces: Sequence[str | Path] = (), size: int = 0) -> list[Case]:
+    """All cases; each trace is one more workload, with the name of its file. `size`: as in Case. Raises
+    TraceError."""
+    for trace in traces:
+        _fitting(str(trace), COSTS[0])
     sources = [(name, "") for name in (*CLASSES, SHIFT)] + [(Path(trace).stem, str(trace)) for trace in traces]
     return [
-        Case(workload, cost, instances, regime, trace)
+        Case(workload, cost, instances, regime, trace, size)
         for instances in INSTANCES
         for cost in COSTS
         for workload, trace in sources
@@ -124,6 +137,11 @@ def _drawn(workload: str, trace: str, cost: str, requests: int) -> tuple[Timed, 
     rng = Random(f"{workload} {SEED}")
     lengths = _lengths(workload, requests, SEED)
     return tuple((at, *each) for at, each in zip(_times(rng, requests), lengths, strict=True))
+
+
+@cache
+def _drawn_digest(workload: str, trace: str, cost: str, requests: int) -> str:
+    return sha256(repr(_drawn(workload, trace, cost, requests)).encode()).hexdigest()[:12]
 
 
 def _times(rng: Random, requests: int) -> Iterator[float]:

@@ -28,7 +28,7 @@ from tetri.sim.pools import Lengths
 
 MAX_BATCH = 256
 CHUNKS = (64, 128, 192, 256, 320, 384, 512, 768, 1024, 1536, 2048, 4096)
-SEARCH = 24  # halvings of the golden section
+SEARCH = 16  # halvings of the golden section
 GOLDEN = (5**0.5 - 1) / 2
 Shape = tuple[float, float, float]  # a step: prompt tokens, decodes, seconds
 
@@ -57,6 +57,22 @@ def bound(cost: Cost, lengths: Lengths, tpot_s: float, instances: int, share: fl
     return instances / (1 / value + late_s)
 
 
+def split_bound(
+    cost: Cost, lengths: Lengths, tpot_s: float, prefill: int, decode: int, chunk: int, share: float = 0.9
+) -> float:
+    """As `bound`, for instances that do one phase each, with chunks of at most `chunk` tokens."""
+    shapes = _shapes(cost, lengths, _context(lengths))
+    prompts = fsum(prompt for prompt, _ in lengths) / len(lengths)
+    steps = fsum(output - 1 for _, output in lengths) / len(lengths)
+    token_s = min(step_s / tokens for tokens, batch, step_s in shapes if not batch and tokens <= chunk)
+    rate = prefill / (prompts * token_s)
+    timely = [step_s / batch for tokens, batch, step_s in shapes if not tokens and step_s <= tpot_s]
+    if not steps:
+        return rate
+    late_s = (1 - share) * steps * _marginal_s(cost, _context(lengths))
+    return min(rate, decode / (share * steps * min(timely) + late_s)) if timely else 0.0
+
+
 def _context(lengths: Lengths) -> float:
     """Mean tokens of context of a request, over the decode steps of all."""
     total = fsum((output - 1) * (prompt + output / 2) for prompt, output in lengths)
@@ -67,7 +83,7 @@ def _shapes(cost: Cost, lengths: Lengths, context: float) -> list[Shape]:
     """The steps that can be best: the corners of the curves, and batches that are close to each other."""
     most = max(min(MAX_BATCH, int(cost.kv_tokens / max(context, 1.0))), 1) if cost.kv_tokens else MAX_BATCH
     corners = {int(batch) for batch, _ in cost.decode if batch <= most}
-    batches = sorted({*range(min(17, most + 1)), *range(0, most + 1, 4), most, *corners})
+    batches = sorted({*range(min(17, most + 1)), *range(0, most + 1, 8), most, *corners})
     chunks = sorted({0, *CHUNKS, *(int(tokens) for tokens, _ in cost.prefill if tokens >= 1)})
     start_s = {chunk: cost.prefill_start_s * chunk * _before(lengths, chunk) if chunk else 0.0 for chunk in chunks}
     first = dict(cost.prefill) | {0: 0.0}

@@ -1,0 +1,78 @@
+"""How far prefill and decode are apart: how many of the adaptive instances keep to prefill (docs/adaptive.md).
+
+All others decode, and prefill too where their decodes leave time. So none is a cluster of coupled instances, and as
+many as the prompts need is the paper's split.
+"""
+
+from __future__ import annotations
+
+from math import inf, sqrt
+
+from tetri.policy.views import ClusterLoad
+
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the prompts that decoding instances prefill
+PACES = (1.0, 1.1, 1.25, 1.5, 2.0)  # time between tokens over its limit, in exchange for which prompts are computed
+LONG = 2.3  # the wait that one in ten exceeds, over the mean wait, where waits are distributed exponentially
+CALM = 0.7  # below this pressure one arrangement is as good as another
+GAIN = 0.15  # by how much another arrangement must be better
+
+
+def keep(load: ClusterLoad, now: int) -> int:
+    """How many instances should keep to prefill, when `now` do: none while all limits are kept with ease, else the
+    number with the least pressure, unless it is hardly better than that of now."""
+    pressures = {kept: pressure(load, kept) for kept in _numbers(load.instances, now)}
+    if pressures[0] <= (CALM if now else CALM + GAIN):
+        return 0
+    best = min(pressures, key=lambda kept: (pressures[kept], kept))
+    return best if pressures[best] < (1 - GAIN) * pressures[now] else now
+
+
+def pressure(load: ClusterLoad, kept: int) -> float:
+    """How near the limits of latency are with so many instances that keep to prefill, if prompts are shared out as well
+    as can be: the largest of predicted time over limit. Above 1 a limit is missed; infinite: the load is too high."""
+    decoding = load.instances - kept
+    if load.context > decoding * load.kv_tokens:
+        return inf
+    return min(_shared(load, kept, decoding, share) for share in (SHARES if kept else (1.0,)))
+
+
+def _shared(load: ClusterLoad, kept: int, decoding: int, share: float) -> float:
+    """The pressure if the decoding instances prefill this share of the prompts."""
+    own = load.prefill * load.beside * share / decoding  # of their time
+    left = 1.0 - own - load.tokens * load.request_s / decoding
+    alone = 0.0
+    if share < 1:
+        alone = _ttft_s(load, 1.0, load.prefill * (1 - share) / kept, kept) / load.ttft_s
+    if left <= 0 or alone == inf:
+        return inf
+    step_s = load.base_s / left  # a decode step, with its part of the chunks
+    if share == 0:
+        return max(alone, step_s / load.tpot_s)
+    decode_s = load.base_s + load.request_s * load.tokens * step_s / decoding  # without it
+    pressures = [step_s / load.tpot_s] if step_s > PACES[-1] * load.tpot_s else []
+    for pace in PACES:
+        token_s = pace * load.tpot_s  # decodes may wait so long for each token
+        if token_s > step_s:
+            free = (1.0 - decode_s / token_s) / load.beside
+            beside = _ttft_s(load, free, own / load.beside / free, decoding) / load.ttft_s
+            pressures.append(max(alone, beside, step_s / load.tpot_s if pace == 1 else pace))
+    return min(pressures, default=inf)
+
+
+def _ttft_s(load: ClusterLoad, free: float, used: float, instances: int) -> float:
+    """The TTFT that one in ten exceeds, of prompts on instances where prefill runs at `free` times its speed on an
+    instance of its own, and is busy for the share `used` of the time (Sakasegawa's formula for the M/G/k queue)."""
+    if not 0 <= used < 1:
+        return inf
+    full: float = used ** (sqrt(2 * (instances + 1)) - 1)
+    wait_s = load.mean_s / free * full / (instances * (1 - used))
+    return load.long_s / free + LONG * wait_s
+
+
+def _numbers(instances: int, now: int) -> list[int]:
+    """The numbers to compare: all of a few, else some in each region, and those next to the present one."""
+    some, number = {0}, 1
+    while number < instances:
+        some.add(number)
+        number += max(1, number // 6)
+    return sorted(some | {kept for kept in (now - 1, now, now + 1) if 0 <= kept < instances})
