@@ -229,7 +229,7 @@ class FlipSettings:
     idle_s  of `idle`: seconds of idleness before a flip
     low_s   of `below`: seconds of low load before a flip
     hold_s  least seconds between two flips
-    floor   least number of instances of each role; a mixed one counts for both
+    floor   least number of instances of each role; a mixed or auto one counts for both
     gain    of `balance`: least ratio between the waits of the two pools
     """
 
