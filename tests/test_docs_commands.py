@@ -59,6 +59,7 @@ RULES = [
     (r"bin/tetri-cli predictor (train|eval) ", PARSED, "tests/cli/test_predictor_eval.py"),
     (r"tools/bench_transfer", PARSED, "tests/bench/test_transfer.py"),
     (r"tools/bench_handover", PARSED, "tests/bench/test_handover.py"),
+    (r"tools/bench_migrate", PARSED, "tests/bench/test_migrate.py"),
     (r"tools/bench_admission", PARSED, "tests/bench/test_admission.py"),
     (r"tools/bench_prediction", PARSED, "tests/bench/test_prediction.py"),
     (r"tools/predictor_chain", PARSED, "tests/bench/test_predictor_chain.py"),
@@ -178,9 +179,9 @@ TOGETHER = [each for command in UPS if " --conf " not in command for each in set
 
 @pytest.fixture(scope="module")
 def place():
-    """A deployment of one prefill and one decode instance, with all settings of the pages that go together. It has
+    """A deployment of two instances as in conf/default.toml, with all settings of the pages that go together. It has
     answered a request."""
-    made = Place([("p0", "prefill"), ("d0", "decode")])
+    made = Place([("w0", "auto"), ("w1", "auto")])
     made.sh(f"bin/tetri-cli up {' '.join(f'--set {each}' for each in TOGETHER)} {made.own}")
     try:
         made.url = made.gateways()["gateway"]

@@ -63,8 +63,8 @@ class Working(Told):
                 (self.waiting if engine_request.phase == "decode" else self.computed)[engine_request.key] = 0
             case say.CancelRequest(key):
                 self._forget(key)
-            case say.AdmitRequest(key):
-                self.sizes[key] = len(self.requests[key].tokens) + 1
+            case say.AdmitRequest(key, _, further):
+                self.sizes[key] = len(self.requests[key].tokens) + 1 + len(further)
             case say.StayRequest(key, decode_key):
                 assert key in self.computed and key not in self.stays, f"{key} cannot stay"
                 self.stays[key] = decode_key

@@ -166,6 +166,36 @@ class BatchView(Value, frozen=True):
     block_tokens: int = 1
 
 
+class RunningDecode(Value, frozen=True):
+    """A running decode. It holds `blocks` KV blocks; another instance that takes it must have `needs`. `left`: most
+    tokens that it may still write."""
+
+    id: str
+    blocks: int
+    needs: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInstance:
+    """An instance that runs decodes, or may take some.
+
+    free_blocks     its free KV blocks, without those that decodes on their way to it need
+    running         its batch
+    places          decodes that it can still take into its batch, without those on their way
+    outgoing         decodes on their way from it
+    outgoing_blocks  the blocks of these
+    """
+
+    iid: str
+    role: str
+    free_blocks: int
+    running: int
+    places: int
+    outgoing: int = 0
+    outgoing_blocks: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class InstanceState:
     """An instance as the transition watcher sees it.
@@ -199,7 +229,7 @@ class FlipSettings:
     idle_s  of `idle`: seconds of idleness before a flip
     low_s   of `below`: seconds of low load before a flip
     hold_s  least seconds between two flips
-    floor   least number of instances of each role; a mixed one counts for both
+    floor   least number of instances of each role; a mixed or auto one counts for both
     gain    of `balance`: least ratio between the waits of the two pools
     """
 

@@ -45,7 +45,18 @@ from tetri.wire.clients import (
     Status,
 )
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
+from tetri.wire.messages import (
+    ClusterView,
+    Failed,
+    FlipWanted,
+    FromWorker,
+    Heartbeat,
+    LoneStep,
+    NotMigrated,
+    Ready,
+    Staged,
+    Tokens,
+)
 
 VIEW = ("view", "")
 SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
@@ -107,7 +118,7 @@ class Broker:
             case ClusterView():
                 self.seen = (event, now)
                 self.members.viewed(event)
-                return []
+                return self.lifecycle.migrations.plan(event, now)
             case PeerUp():
                 return self._up(event.peer, now)
             case PeerDown():
@@ -148,6 +159,7 @@ class Broker:
         self.delivery.connections.check(self.table)
         self.flips.check()
         self.pair_checks.check()
+        self.lifecycle.migrations.check()
         self.observer.timelines.check(self.table.choices.values())
         for choice in self.table.active():
             placed = self.members.by_iid.get(choice.holder) if choice.holder else None
@@ -246,7 +258,7 @@ class Broker:
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
                 actions += self.lifecycle.reconcile(event, now)
-            case Staged() | Failed():
+            case Staged() | Failed() | NotMigrated():
                 actions += self.lifecycle.moved(event, now)
             case LoneStep():
                 actions += self.lifecycle.lone_step(event, member, now)
