@@ -64,7 +64,7 @@ PACKAGES = {
 WALLS = {
     "core/actions": (),
     "core/timers": (),
-    "core/monitor": ("core/actions", "core/timers"),
+    "core/monitor": ("core/actions", "core/separation", "core/timers"),
     "core/instance": ("core/actions",),
     "core/length": ("core/instance",),
     "core/broker": ("core/actions", "core/timers"),
