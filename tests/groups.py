@@ -9,7 +9,7 @@ from typing import Any
 #: Files in tests/engine/vllm whose tests share engines; the tests of any other file are a group of their own.
 TOGETHER = {
     **dict.fromkeys(("connector", "engine", "hidden", "choices", "logprobs", "writer"), "float32"),
-    **dict.fromkeys(("live", "flip", "answers"), "live"),
+    **dict.fromkeys(("live", "flip", "answers", "auto"), "live"),
 }
 #: Those that take longest, in the order in which they begin: the processes that share the tests end together then.
 LONGEST = (

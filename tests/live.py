@@ -32,7 +32,8 @@ from tetri.proc import gateways
 
 REPOSITORY = Path(__file__).parent.parent
 EMULATED = REPOSITORY / "conf" / "emulated.toml"
-VLLM = REPOSITORY / "conf" / "default.toml"
+VLLM = REPOSITORY / "conf" / "split.toml"
+AUTO = REPOSITORY / "conf" / "default.toml"
 PATIENCE_S = 20.0  # of a test, for anything that should take far less
 
 
@@ -66,7 +67,7 @@ class LiveCluster:
         keys.generate(str(folder / "kv.key"))
         own = [f"cluster.run_dir={folder}", f"cluster.name={self.name}", f"cluster.key={folder}/kv.key"]
         own.append("gateway.port=0")
-        own += ["engine.cost=cpu-smollm2.toml"] if conf == VLLM else []  # measuring takes too long
+        own += ["engine.cost=cpu-smollm2.toml"] if conf in (VLLM, AUTO) else []  # measuring takes too long
         self.overrides = [*own, *overrides]
         self.conf = conf
         self.config: Config = load(conf, self.overrides)

@@ -179,9 +179,9 @@ TOGETHER = [each for command in UPS if " --conf " not in command for each in set
 
 @pytest.fixture(scope="module")
 def place():
-    """A deployment of one prefill and one decode instance, with all settings of the pages that go together. It has
+    """A deployment of two instances as in conf/default.toml, with all settings of the pages that go together. It has
     answered a request."""
-    made = Place([("p0", "prefill"), ("d0", "decode")])
+    made = Place([("w0", "auto"), ("w1", "auto")])
     made.sh(f"bin/tetri-cli up {' '.join(f'--set {each}' for each in TOGETHER)} {made.own}")
     try:
         made.url = made.gateways()["gateway"]

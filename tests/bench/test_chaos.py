@@ -52,6 +52,15 @@ def test_under_every_fault_all_answers_are_right_and_nothing_hangs_or_is_left(ru
     assert ended > REQUESTS, "none had several choices"
 
 
+def test_instances_that_do_both_lose_nothing_either() -> None:
+    """A request stays where its prompt was computed, or moves for want of memory or from a prefill instance."""
+    shape = ("--workers", "1", "1", "2", "--set", "emulated.salt=true")
+    run, status = chaos("--requests", str(REQUESTS), "--width", "24", "--faults", FAULTS, *shape)
+    assert not any(run[problem] for problem in ("wrong", "hung", "leaked", "errors", "given_up")), run
+    assert (run["crashes"], status) == (0, 0), run
+    assert run["workers"] == [1, 1, 2] and run["injected"]["drop"] and run["broker"]["restarts"]
+
+
 def test_workers_died_in_the_middle_and_came_back(runs) -> None:
     died = sum(run["injected"]["die"] for run, _ in runs.values())
     assert 0 < died <= sum(run["broker"].get("workers_lost", 0) for run, _ in runs.values())

@@ -5,7 +5,17 @@ from pathlib import Path
 
 import pytest
 
-from tetri.bench.deployment import EMULATED, START_S, check_straight, configured, own_folder, pinned, polled, running
+from tetri.bench.deployment import (
+    EMULATED,
+    SPLIT,
+    START_S,
+    check_straight,
+    configured,
+    own_folder,
+    pinned,
+    polled,
+    running,
+)
 from tetri.bench.report import BenchError
 from tetri.client import Client
 from tetri.request import Receipt
@@ -17,9 +27,11 @@ def test_workers_are_pinned_and_on_the_only_cpu_it_says_so(tmp_path, capsys):
     config = pinned(DEFAULT, tmp_path, "demo", [3])
     assert {worker.cpus for worker in config.workers} == {"3"} and config.broker.cpus == "3"
     assert "one CPU only" in capsys.readouterr().err
-    config = pinned(DEFAULT, tmp_path, "demo", [2, 5], ["broker.cpus=4"])
+    config = pinned(SPLIT, tmp_path, "demo", [2, 5], ["broker.cpus=4"])
     assert [(worker.role, worker.cpus) for worker in config.workers] == [("prefill", "2"), ("decode", "5")]
     assert config.broker.cpus == "4" and capsys.readouterr().err == ""
+    config = pinned(DEFAULT, tmp_path, "demo", [2, 5])
+    assert [(worker.role, worker.cpus) for worker in config.workers] == [("auto", "2"), ("auto", "5")]
 
 
 def test_what_runs_can_be_asked_and_nothing_of_it_is_left():

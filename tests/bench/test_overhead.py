@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from tetri.bench.deployment import LOAD_S, own_folder, running
+from tetri.bench.deployment import LOAD_S, SPLIT, own_folder, running
 from tetri.bench.handover import __main__ as handover
 from tetri.bench.overhead import __main__ as overhead
 from tetri.bench.overhead import direct, live, measure
 from tetri.bench.report import BenchError, progress
-from tetri.config import default_path, load
+from tetri.config import load
 from tetri.proc import launch
 
 REPOSITORY = Path(__file__).parents[2]
@@ -124,7 +124,7 @@ def test_plain_vllm_is_told_what_the_live_engine_is_told(monkeypatch):
 def real():
     """The real model's cluster for both benchmarks: for bench_handover its events are recorded."""
     with own_folder("bench") as folder:
-        config = overhead.configure(default_path(), ("cluster.record=true",), folder)
+        config = overhead.configure(SPLIT, ("cluster.record=true",), folder)
         with running(config, progress, LOAD_S):
             yield config
 

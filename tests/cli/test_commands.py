@@ -83,7 +83,7 @@ def parsed(arguments):
 
 def test_the_help_of_every_command_has_examples_that_parse(place, tmp_path, monkeypatch):
     (tmp_path / "conf").mkdir()
-    for name in ("emulated.toml", "default.toml"):
+    for name in ("emulated.toml", "split.toml"):
         (tmp_path / "conf" / name).touch()
     monkeypatch.chdir(tmp_path)  # some options try whether they can write
     for path, command in [((), cli.group), *commands(cli.group)]:

@@ -12,9 +12,11 @@ CONF = Path(__file__).parent.parent.parent / "conf"
 
 
 def test_the_shipped_files_load_and_the_environment_may_name_another(monkeypatch):
-    default, emulated = load(CONF / "default.toml"), load(CONF / "emulated.toml")
-    assert [(w.iid, w.role, w.cpus) for w in default.workers] == [("p0", "prefill", "+0"), ("d0", "decode", "+1")]
+    default, split, emulated = (load(CONF / f"{name}.toml") for name in ("default", "split", "emulated"))
+    assert [(w.iid, w.role, w.cpus) for w in default.workers] == [("w0", "auto", "+0"), ("w1", "auto", "+1")]
+    assert [(w.iid, w.role, w.cpus) for w in split.workers] == [("p0", "prefill", "+0"), ("d0", "decode", "+1")]
     assert default.model.name == "smollm2-135m" and default.engine.kind == "vllm"
+    assert (split.model, split.engine, split.policy) == (default.model, default.engine, default.policy)
     assert [w.iid for w in emulated.workers] == ["p0", "p1", "d0", "d1"]
     assert emulated.engine.kind == "emulated" and emulated.engine.block_tokens == 16
     monkeypatch.setenv("TETRI_CONF", "/somewhere/x.toml")

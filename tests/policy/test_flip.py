@@ -46,11 +46,12 @@ def test_idle_and_hardly_loaded_differ_and_name_their_seconds():
     assert asked(below, *others, state("b", "prefill", idle_s=1.0, low_s=29.0)) is None
 
 
+@pytest.mark.parametrize("both", ["mixed", "auto"])
 @pytest.mark.parametrize("policy", [idle, below])
-def test_the_floor_stays_and_a_mixed_one_stays_and_counts_for_both(policy):
-    assert asked(policy, resting("m", "mixed"), resting("n", "mixed"), busy("c", "decode")) is None
+def test_the_floor_stays_and_one_that_does_both_stays_and_counts_for_both(policy, both):
+    assert asked(policy, resting("m", both), resting("n", both), busy("c", "decode")) is None
     assert asked(policy, resting("a", "prefill"), busy("c", "decode")) is None
-    assert asked(policy, resting("a", "prefill"), busy("c", "decode"), busy("m", "mixed")) == ("a", "decode")
+    assert asked(policy, resting("a", "prefill"), busy("c", "decode"), busy("m", both)) == ("a", "decode")
     two = FlipSettings(idle_s=60.0, low_s=30.0, floor=2)
     states = [resting("a", "prefill"), resting("b", "prefill"), busy("c", "decode")]
     assert asked(policy, *states, settings=two) is None
@@ -126,6 +127,7 @@ def test_rescue_makes_the_least_loaded_one_mixed():
     assert rescue([busy("d0", "decode"), resting("d1", "decode")]) == left
     assert rescue([busy("p0", "prefill")]) == RoleChange("p0", "mixed", "no decode instance is left")
     assert rescue([busy("p0", "prefill"), busy("m", "mixed")]) is None
+    assert rescue([busy("w0", "auto"), busy("w1", "auto")]) is None
     assert rescue([]) is None
 
 
@@ -133,7 +135,7 @@ STATES = st.lists(
     st.builds(
         state,
         st.sampled_from("abcdefgh"),
-        st.sampled_from(["prefill", "decode", "mixed"]),
+        st.sampled_from(["prefill", "decode", "mixed", "auto"]),
         idle_s=st.sampled_from([0.0, 5.0, 80.0]),
         low_s=st.sampled_from([0.0, 5.0, 80.0]),
         work_s=st.sampled_from([0.0, 0.5, 2.0, 30.0]),
@@ -153,4 +155,4 @@ def test_every_flip_leaves_the_floor_and_changes_a_role(states, floor, name):
     if change is not None:
         (flipped,) = (each for each in states if each.iid == change.iid)
         assert {flipped.role, change.role} == {"prefill", "decode"}
-        assert sum(each.role in (flipped.role, "mixed") for each in states) > floor
+        assert sum(each.role in (flipped.role, "mixed", "auto") for each in states) > floor

@@ -27,7 +27,7 @@ from tetri.request import Sampling
 from tetri.strict import ConfigError
 
 EMULATED = Path(__file__).parents[2] / "conf" / "emulated.toml"
-DEFAULT = EMULATED.with_name("default.toml")
+DEFAULT, SPLIT = EMULATED.with_name("default.toml"), EMULATED.with_name("split.toml")
 
 
 def test_rules_and_flip_settings_are_those_of_the_configuration():
@@ -79,7 +79,7 @@ def identity_of(config, measured=None):
 def test_a_worker_predicts_with_the_table_that_is_named_else_with_the_measured_one():
     measured = Cost(((1.0, 7.0),), ((1.0, 7.0),))
     assert identity_of(load(EMULATED, ["engine.cost=v100-opt13b.toml"]), measured).cost.source != measured.source
-    found = identity_of(load(DEFAULT, ["worker.d0.role=decode"]), measured)
+    found = identity_of(load(SPLIT), measured)
     assert found.cost == measured and found.compares_steps
 
 

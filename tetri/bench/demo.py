@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING
 import click
 
 from tetri import terminal
-from tetri.bench.deployment import EXPECTED, LOAD_S, REPOSITORY, own_folder, pinned, running
+from tetri.bench.deployment import EXPECTED, LOAD_S, REPOSITORY, SPLIT, own_folder, pinned, running
 from tetri.bench.report import Program, one_line, progress
 from tetri.client import Client, Result
-from tetri.config import Config, default_path
+from tetri.config import Config
 from tetri.paths import FILE
 from tetri.request import Stage
 
@@ -52,7 +52,7 @@ def prompts() -> list[Prompt]:
 
 
 @click.command(cls=Program)
-@click.option("--conf", type=FILE, help="Configuration file.")
+@click.option("--conf", type=FILE, help="Configuration file (default: conf/split.toml).")
 def main(conf: Path | None) -> None:
     """Start a small cluster, send two prompts, show where the time went and stop the cluster."""
     from rich.console import Console
@@ -60,7 +60,7 @@ def main(conf: Path | None) -> None:
     console, status = Console(), 1
     try:
         with one_line("bin/demo", *EXPECTED), own_folder("demo") as folder:
-            config = pinned(conf or default_path(), folder, "demo", sorted(os.sched_getaffinity(0)))
+            config = pinned(conf or SPLIT, folder, "demo", sorted(os.sched_getaffinity(0)))
             status = demonstrate(config, console)
     except KeyboardInterrupt:
         terminal.tell("bin/demo: interrupted; everything is stopped")

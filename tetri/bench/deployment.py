@@ -25,6 +25,7 @@ from tetri.strict import ConfigError
 EXPECTED = (ConfigError, LaunchError, ModelError, TetriError)  # their text is one line
 REPOSITORY = Path(__file__).parents[2]
 EMULATED = REPOSITORY / "conf" / "emulated.toml"
+SPLIT = REPOSITORY / "conf" / "split.toml"  # a prefill and a decode worker with a model
 START_S = 60.0  # timeout for the start of emulated engines
 LOAD_S = 600.0  # for real engines; two take half a minute on an idle machine
 T = TypeVar("T")
@@ -56,14 +57,15 @@ def configured(conf: Path, folder: Path, name: str, settings: Sequence[str]) -> 
 
 
 def pinned(conf: Path, folder: Path, name: str, cpus: Sequence[int], more: Sequence[str] = ()) -> Config:
-    """As `configured`, with the broker and prefill workers on the first of `cpus` and decode workers on the last.
-    `more` are further settings."""
+    """As `configured`, with the broker and prefill workers on the first of `cpus`, decode workers on the last, and
+    those that do both on each in turn. `more` are further settings."""
     own = ["broker.clients="]
     pins = [f"broker.cpus={cpus[0]}"]
-    for worker in configured(conf, folder, name, own).workers:
-        pins.append(f"worker.{worker.iid}.cpus={cpus[0] if worker.role == 'prefill' else cpus[-1]}")
+    for number, worker in enumerate(configured(conf, folder, name, own).workers):
+        place = {"prefill": 0, "decode": -1}.get(worker.role, number % len(cpus))
+        pins.append(f"worker.{worker.iid}.cpus={cpus[place]}")
     if len(cpus) == 1:
-        progress(f"one CPU only: prefill and decode share CPU {cpus[0]}")
+        progress(f"one CPU only: all workers share CPU {cpus[0]}")
     return configured(conf, folder, name, [*own, *pins, *more])
 
 

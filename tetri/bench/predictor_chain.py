@@ -28,10 +28,10 @@ from typing import IO, Any
 import click
 
 from tetri import atomic
-from tetri.bench.deployment import EXPECTED, LOAD_S, own_folder, pinned, polled, running
+from tetri.bench.deployment import EXPECTED, LOAD_S, SPLIT, own_folder, pinned, polled, running
 from tetri.bench.report import Program, as_json, give, progress, table
 from tetri.client import AsyncClient, Client, Result
-from tetri.config import Config, default_path
+from tetri.config import Config
 from tetri.paths import FILE, NEW_FOLDER
 from tetri.predict.lengths import PredictError, Prompt, read_prompts
 
@@ -187,7 +187,7 @@ def serve(chain: Chain, prompts: Sequence[Prompt]) -> str:
     more += [f"model.name={chain.wanted.model}"]
     run_dir = chain.folder / "run"
     run_dir.mkdir()
-    config = pinned(default_path(), run_dir, "chain", sorted(os.sched_getaffinity(0)), more)
+    config = pinned(SPLIT, run_dir, "chain", sorted(os.sched_getaffinity(0)), more)
     with running(config, progress, LOAD_S):
         results = asyncio.run(answers(config, prompts, chain.wanted))
         return judged(results, reported(config, len(prompts)))

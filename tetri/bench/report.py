@@ -36,6 +36,7 @@ as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON o
 conf = click.option(
     "--conf", type=FILE, help="Configuration file to measure (default: $TETRI_CONF, else conf/default.toml)."
 )
+split_conf = click.option("--conf", type=FILE, help="Configuration file to measure (default: conf/split.toml).")
 overrides = click.option(
     "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a setting; may be repeated."
 )

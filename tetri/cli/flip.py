@@ -12,7 +12,7 @@ from tetri.cli.options import TEXT, Overrides, deployment_options, examples, jso
 from tetri.request import ROLES
 
 
-@click.command("flip", epilog=examples("tetri-cli flip d0 mixed", "tetri-cli flip d0 decode   # and back"))
+@click.command("flip", epilog=examples("tetri-cli flip w0 prefill", "tetri-cli flip w0 auto   # and back"))
 @click.argument("iid", type=TEXT)
 @click.argument("role", type=click.Choice(ROLES), metavar="ROLE")
 @json_option

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     "up",
     epilog=examples(
         "tetri-cli up",
+        "tetri-cli up --conf conf/split.toml                           # the phases on separate workers",
         "tetri-cli up --conf conf/emulated.toml --set gateway.port=0   # needs no model",
     ),
 )

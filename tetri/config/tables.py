@@ -234,7 +234,7 @@ class MonitorConfig:
     idle_s: float = number(_FLIP.idle_s, 0, 86400)  # of `idle`: seconds of idleness before a flip
     low_s: float = number(_FLIP.low_s, 0, 86400)  # of `below`: seconds of low load before a flip
     hold_s: float = number(_FLIP.hold_s, 0, 86400)  # least seconds between two flips
-    floor: int = number(_FLIP.floor, 1, 1 << 20)  # instances that each role keeps; a mixed one counts for both
+    floor: int = number(_FLIP.floor, 1, 1 << 20)  # instances that each role keeps; a mixed or auto one counts for both
     gain: float = number(_FLIP.gain, 1, 1e6)  # of `balance`: least ratio between the waits of the two pools
     cpus: str = _cpus()  # the CPUs that it runs on
 

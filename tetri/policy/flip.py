@@ -1,9 +1,9 @@
 """Flip policies of the transition watcher: which instance changes its role (paper, section 3.5).
 
-All policies follow the same rules. Prefill flips to decode and decode to prefill; a mixed instance serves both and
-stays as it is. Each role keeps `floor` instances, mixed ones included. No instance flips to a pool that does not need
-it: without load, idle instances would flip back and forth for ever. The monitor, not the policy, enforces the wait
-after a flip (`hold_s`).
+All policies follow the same rules. Prefill flips to decode and decode to prefill; an instance that serves both, mixed
+or auto, stays as it is. Each role keeps `floor` instances, those that serve both included. No instance flips to a pool
+that does not need it: without load, idle instances would flip back and forth for ever. The monitor, not the policy,
+enforces the wait after a flip (`hold_s`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from tetri.policy.views import FlipSettings, InstanceState, RoleChange
+from tetri.request import DECODE_ROLES, PREFILL_ROLES
 
 OTHER = {"prefill": "decode", "decode": "prefill"}
+SERVING = {"prefill": PREFILL_ROLES, "decode": DECODE_ROLES}
 WORTH_S = 1.0  # least predicted wait for which `balance` flips: a shorter one is over before the flip helps
 
 
@@ -85,7 +87,7 @@ def _longest(
 
 
 def _serving(states: Sequence[InstanceState], role: str) -> list[InstanceState]:
-    return [state for state in states if state.role in (role, "mixed")]
+    return [state for state in states if state.role in SERVING[role]]
 
 
 def _busy(states: Sequence[InstanceState], role: str) -> bool:

@@ -16,14 +16,15 @@ from tetri.request import Value
 class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
     prefill work that is assigned to it and not done. `share`: the share of its time that prefill gets there while its
-    decodes keep their limits of TPOT. `decodes`: its decodes, if it is adaptive. `ttft_s`: seconds that are left until
-    the first token of the request is late; 0 if it has no limit, or is late. `last`: the column chosen last, -1 before
-    the first choice; the pool's owner maintains it for `round_robin`."""
+    decodes keep their limits of TPOT. `groups`: the columns with equally many decodes, ascending, those with the fewest
+    first; empty if no instance is adaptive. `ttft_s`: seconds that are left until the first token of the request is
+    late; 0 if it has no limit, or is late. `last`: the column chosen last, -1 before the first choice; the pool's owner
+    maintains it for `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
     share: list[float] = field(default_factory=list)
-    decodes: list[int] = field(default_factory=list)
+    groups: list[list[int]] = field(default_factory=list)
     ttft_s: float = 0.0
     last: int = -1
 
@@ -228,7 +229,7 @@ class FlipSettings:
     idle_s  of `idle`: seconds of idleness before a flip
     low_s   of `below`: seconds of low load before a flip
     hold_s  least seconds between two flips
-    floor   least number of instances of each role; a mixed one counts for both
+    floor   least number of instances of each role; a mixed or auto one counts for both
     gain    of `balance`: least ratio between the waits of the two pools
     """
 

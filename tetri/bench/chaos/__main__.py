@@ -48,6 +48,7 @@ SHAPE = (
     "transfer.offer_s=0.1",
     "broker.max_deaths=1000",  # no request is guilty of the deaths here
 )
+ROLES = ("prefill", "decode", "auto")
 CURES = (  # a fault, counters that it raises (others may raise them too), and the repair
     ("drop", (), "the message is sent again"),
     ("duplicate", ("duplicate",), "the same answer is sent again"),
@@ -64,11 +65,11 @@ CURES = (  # a fault, counters that it raises (others may raise them too), and t
 KILLED = "killing itself, as transfer.faults wants it"
 
 
-def settings(transport: str, faults: str, roles: tuple[int, int]) -> list[str]:
-    """Return the settings of a cluster of emulated engines whose steps take no time. `roles`: number of prefill,
-    decode."""
-    named = [("p", "prefill", roles[0]), ("d", "decode", roles[1])]
-    workers = [f"{{iid='{message}{i}', role='{role}'}}" for message, role, count in named for i in range(count)]
+def settings(transport: str, faults: str, counts: tuple[int, ...]) -> list[str]:
+    """Return the settings of a cluster of emulated engines whose steps take no time. `counts`: workers of each role of
+    ROLES."""
+    named = zip(ROLES, counts, strict=True)
+    workers = [f"{{iid='{role[0]}{i}', role='{role}'}}" for role, count in named for i in range(count)]
     moved = [f"transfer.transport={transport}", f'transfer.faults="{faults}"']
     return [f"worker=[{','.join(workers)}]", *SHAPE, *moved]
 
@@ -164,7 +165,13 @@ def shown(run: dict[str, Any]) -> str:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--faults", default=FAULTS, show_default=True, help="As transfer.faults, without a seed.")
 @click.option("--width", type=click.IntRange(1), default=48, show_default=True, help="Concurrent requests.")
-@click.option("--workers", type=(click.IntRange(1), click.IntRange(1)), default=(2, 2), show_default=True)
+@click.option(
+    "--workers",
+    type=(click.IntRange(0),) * len(ROLES),
+    default=(2, 2, 0),
+    show_default=True,
+    help="Numbers of prefill, decode and auto workers.",
+)
 @click.option(
     "--bound",
     type=click.FloatRange(1),
@@ -181,7 +188,7 @@ def main(
     seed: int,
     faults: str,
     width: int,
-    workers: tuple[int, int],
+    workers: tuple[int, ...],
     bound: float,
     overrides: tuple[str, ...],
     keep: bool,

@@ -115,7 +115,7 @@ class Traffic:
             findings.wrong.append(f"{name}: {wrong}: {receipt}")
         if result.finish_reason == "length" and receipt.adopted is None:
             findings.wrong.append(f"{name}: its worker did not report its KV, {receipt}")
-        if receipt.decode_instance and receipt.chunks:
+        if receipt.decode_instance and (receipt.chunks or receipt.local):
             silent = receipt.recomputed and not receipt.preempted
             reported = receipt.kept + (receipt.recomputed or 0)
             if silent or (reported, receipt.prompt_tokens) != (len(prompt), len(prompt)):

@@ -10,7 +10,7 @@ from typing import Any
 
 import click
 
-from tetri.bench.deployment import EXPECTED, configured, own_folder
+from tetri.bench.deployment import EXPECTED, SPLIT, configured, own_folder
 from tetri.bench.handover.drive import Group, Load, cluster, run
 from tetri.bench.handover.picture import draw
 from tetri.bench.handover.stages import Move, moves, overlap
@@ -18,15 +18,14 @@ from tetri.bench.report import (
     BenchError,
     Program,
     as_json,
-    conf,
     give,
     one_line,
     overrides,
     progress,
+    split_conf,
     spread,
     table,
 )
-from tetri.config import default_path
 from tetri.paths import OUT_PLOT
 from tetri.proc.recorder import RecordError
 
@@ -43,7 +42,7 @@ LIMIT_MS = 15.0  # the most by which the long prompt's hand-over may take longer
     "--batch", type=click.IntRange(1), default=16, show_default=True, help="Decode requests on the busy worker."
 )
 @click.option("--plot", type=OUT_PLOT, help="Write a PNG of one long prompt's hand-over.")
-@conf
+@split_conf
 @overrides
 @as_json
 def main(
@@ -61,7 +60,7 @@ def main(
     with one_line("bench_handover", *EXPECTED, RecordError), own_folder("handover") as folder:
         if short >= long:
             raise BenchError(f"--short ({short}) must be less than --long ({long})")
-        config = configured(conf or default_path(), folder, "handover", ["cluster.record=true", *overrides])
+        config = configured(conf or SPLIT, folder, "handover", ["cluster.record=true", *overrides])
         with cluster(config, progress) as live:
             groups = run(live, Load((short, long), rounds, batch), progress)
             found = moves(live.record(live.prefill), live.record(live.decode))

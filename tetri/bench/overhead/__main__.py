@@ -13,12 +13,12 @@ from typing import Any
 
 import click
 
-from tetri.bench.deployment import EXPECTED, REPOSITORY, configured, own_folder
+from tetri.bench.deployment import EXPECTED, REPOSITORY, SPLIT, configured, own_folder
 from tetri.bench.overhead.direct import Direct
 from tetri.bench.overhead.live import Live
 from tetri.bench.overhead.measure import steady, summary
-from tetri.bench.report import BenchError, Program, as_json, conf, give, one_line, overrides, progress, table
-from tetri.config import Config, default_path
+from tetri.bench.report import BenchError, Program, as_json, give, one_line, overrides, progress, split_conf, table
+from tetri.config import Config
 from tetri.models import find
 from tetri.proc.build import limits_of_model
 from tetri.proc.cpus import chosen, listed, pin
@@ -45,7 +45,7 @@ class Load:
     "--prompt-tokens", type=click.IntRange(1, 1500), default=64, show_default=True, help="Prompt tokens of each."
 )
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True, help="Rounds of direct and live.")
-@conf
+@split_conf
 @overrides
 @as_json
 def main(
@@ -59,7 +59,7 @@ def main(
 ) -> None:
     """Measure the overhead of tetri over vLLM. Takes some minutes and needs an idle machine."""
     with one_line("bench_overhead", *EXPECTED), own_folder("overhead") as folder:
-        config = configure(conf or default_path(), overrides, folder)
+        config = configure(conf or SPLIT, overrides, folder)
         found = measure(config, folder, Load(requests, tokens, prompt_tokens, rounds))
     give(found, shown(found), as_json)
 

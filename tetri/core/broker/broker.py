@@ -85,8 +85,8 @@ class Broker:
         self.costs = Costs(cost, chunk_tokens)
         self.limiter = Limiter(slo, self.costs.cost, chunk_tokens)
         self.observer = Observer(epoch, limits.timelines_mib)
-        self.table = Table(self.observer.moved)
         self.members = Members(epoch)
+        self.table = Table(self.observer.moved, self.members.recount)
         self.delivery = Delivery(self.table, limits, rng, self.observer)
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
@@ -155,6 +155,7 @@ class Broker:
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""
         self.table.check()
+        self.members.check(self.table.work_ns)
         self.delivery.connections.check(self.table)
         self.flips.check()
         self.pair_checks.check()
@@ -250,6 +251,7 @@ class Broker:
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 member.unread_by, member.step_ratio = event.unread_by, event.step_ratio
                 self.costs.compare(member)
+                self.members.recount(member.iid)
                 member.activity = event.activity
                 self.observer.traced(event, member, self.table.choices, now)
                 self.pair_checks.unread(event.iid, event.unread_by)

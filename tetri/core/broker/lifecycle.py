@@ -101,7 +101,7 @@ class Lifecycle:
                     self.timers.set(("patience", choice.id), now + self.limits.patience_s)
             return []
         iid = allowed.iids[column]
-        pool.last = pool.iids.index(iid)
+        pool.last = column if allowed is pool else pool.iids.index(iid)
         if iid in self.breaker.failing:
             self._probes += 1
             self.breaker.probe(iid, self._probes)

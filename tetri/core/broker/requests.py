@@ -226,12 +226,12 @@ class Table:
     `unplaced`: open choices without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
     nanoseconds of prefill by instance, of all choices assigned to it that have no token of this attempt yet; an
     instance without such work is not in it. `moved` is called whenever a choice has entered a stage or has got another
-    holder. `weight`: the memory of all requests, in bytes. An open choice counts with
-    all the output that it may still get, so the broker never needs more than it has accepted; an ended one with what it
-    has."""
+    holder, `recount` whenever the work of an instance has changed. `weight`: the memory of all requests, in bytes. An
+    open choice counts with all the output that it may still get, so the broker never needs more than it has accepted;
+    an ended one with what it has."""
 
-    def __init__(self, moved: Callable[[Choice, float], None]) -> None:
-        self.moved = moved
+    def __init__(self, moved: Callable[[Choice, float], None], recount: Callable[[str], None]) -> None:
+        self.moved, self.recount = moved, recount
         self.requests: dict[str, Request] = {}
         self.choices: dict[str, Choice] = {}
         self.keys: dict[str, str] = {}  # client's key -> rid
@@ -361,8 +361,10 @@ class Table:
             self.work_ns[choice.counted] -= choice.work_ns
             if not self.work_ns[choice.counted]:
                 del self.work_ns[choice.counted]
+            self.recount(choice.counted)
         if iid is not None:
             self.work_ns[iid] = self.work_ns.get(iid, 0) + choice.work_ns
+            self.recount(iid)
         choice.counted = iid
 
     # ------------------------------------------------------------ invariants

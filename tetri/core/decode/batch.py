@@ -23,6 +23,7 @@ from tetri.wire.messages import End, TokenItem
 
 AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
 EXPECTED = 0.5  # of the usual output: tokens that a running request is expected to write yet
+GAIN = 0.0
 SOON = 0.1  # of those: in which it may catch up even when no prompt is late
 Ended = list[tuple[DecodeRequest, End]]
 
@@ -191,7 +192,7 @@ class Batch:
             if request.offer.tpot_s is not None:
                 tpot_s = AIMED * request.offer.tpot_s
                 ahead = request.first_at - now + len(request.tokens) * tpot_s
-                gain = more * max(tpot_s - step_s, 0.0)
+                gain = more * max(tpot_s - step_s, GAIN * tpot_s)
                 if ahead + gain >= step_s:
                     soon, later = min(soon, ahead + SOON * gain), min(later, ahead + gain)
         return soon, later
