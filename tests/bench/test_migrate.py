@@ -31,4 +31,4 @@ def test_all_move_once_and_none_of_them_changes():
             run = migrate.Run(config, 400, "", lambda line: None)
             found = asyncio.run(run.all(migrate.prompts(4, 1), 2))
     made = migrate.judged(found, "kill")  # how long they stand still depends on the machine
-    assert made["differ"] == 0 and made["moved"] + made["computed_again"] >= 4, migrate.shown(made)
+    assert made["differ"] == 0 and made["moved"] + made["restarted"] >= 4, migrate.shown(made)

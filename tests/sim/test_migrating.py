@@ -11,8 +11,8 @@ from tetri.request import Sampling
 from tetri.sim.faulty.chance import Faults
 from tetri.sim.traces import Arrival
 
-PARTS = 4
-SEEDS = 48
+PARTS = 2
+SEEDS = 14
 ODDS = {
     "drop": (0.0, 0.02, 0.2),
     "duplicate": (0.0, 0.2),
@@ -50,7 +50,7 @@ def shape(seed):
         kv_paths=FAR,
         cost=cost(0.001),
     )
-    return _Long(setup, 12)
+    return _Long(setup, 8)
 
 
 class _Long(Shape):
@@ -74,13 +74,13 @@ def counts(world):
 
 def test_without_faults_each_request_is_computed_once_wherever_it_runs():
     total = Counter()
-    for seed in range(16):
+    for seed in range(6):
         world = story(seed, Faults(migrate=100.0, until=FIRST_S), shape(seed))
         total += counts(world)
         tokens = sum(worker.use.prefill_tokens for worker in world.workers.values())
         again = sum(client.outputs[0].done.receipt.recomputed for client in world.clients.clients)
         assert again or tokens == sum(len(client.prompt) for client in world.clients.clients)
-    assert total["restarts"] == 0 and total["moved"] == total["receipts"] > 100, total
+    assert total["restarts"] == 0 and total["moved"] == total["receipts"] > 20, total
 
 
 @pytest.mark.parametrize("part", range(PARTS))

@@ -47,19 +47,23 @@ class SaltedClient(Client):
         runs = {f"{run.salt}": run for run in self.runs.get(self.rid, ())}
         salts = {name: run.salt for name, run in runs.items()}
         found = writers(self.prompt, output.ids, output.sampling, VOCABULARY, TOKEN_BYTES, salts)
+        prefilled = {run.attempt for run in runs.values() if run.phase == "p"}
         before = {(0, None)}  # the attempt and, after its first token, the run that goes on; by chance, several fit
         for index, names in enumerate(found):
-            after = {next_of(runs[name], *place) for name in names for place in before} - {None}
+            after = {next_of(runs[name], *place, prefilled) for name in names for place in before} - {None}
             assert after, f"client {self.key}: after {before}, token {index} of {output.ids} is of {sorted(names)}"
             before = after
         assert output.done.reason != "length" or len(output.ids) == output.sampling.max_tokens
         return output.ids
 
 
-def next_of(run, attempt, decode):
-    """Where the answer is when `run` writes the token after that place; None: it must not."""
+def next_of(run, attempt, decode, prefilled):
+    """Where the answer is when `run` writes the token after that place; None: it must not. An attempt that was not
+    `prefilled` goes on from the decode of an earlier one, which has moved."""
     if run.phase == "p":
         return (run.attempt, None) if run.attempt > attempt else None
+    if run.attempt > attempt and run.attempt not in prefilled:
+        return run.attempt, run
     return (attempt, run) if run.attempt == attempt and decode in (None, run) else None
 
 

@@ -180,20 +180,22 @@ def judged(found: Sequence[tuple[Result, Result, Timeline]], kill: str) -> dict[
     """Return what came of all requests."""
     differ = sum(right.token_ids != moved.token_ids for right, moved, _ in found)
     receipts = [moved.receipt for _, moved, _ in found]
-    again = sum(receipt.attempts > 1 or bool(receipt.recomputed) for receipt in receipts)
+    recomputed = sum(bool(receipt.recomputed) for receipt in receipts)
+    restarted = sum(receipt.attempts > 1 for receipt in receipts)
     gaps = [each for each in (gap(timeline) for _, _, timeline in found) if each is not None]
     late = [stood_s - limit_s for stood_s, limit_s in gaps if stood_s > limit_s]
     made = {
         "requests": len(found),
         "differ": differ,
         "moved": sum(bool(receipt.migrated) for receipt in receipts),
-        "computed_again": again,
+        "restarted": restarted,
+        "recomputed": recomputed,
         "late": len(late),
         "late_ms": {"worst": round(1e3 * max(late, default=0.0), 1)},
         "gap_ms": spread([stood_s for stood_s, _ in gaps], 1e3, 1) if gaps else {},
         "limit_ms": spread([limit_s for _, limit_s in gaps], 1e3, 1) if gaps else {},
     }
-    made["ok"] = not differ and (bool(kill) or not (late or again) and made["moved"] == len(found))
+    made["ok"] = not differ and (bool(kill) or not (late or restarted or recomputed) and made["moved"] == len(found))
     return made
 
 

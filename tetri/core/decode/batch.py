@@ -181,21 +181,22 @@ class Batch:
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
 
-    def slack_s(self, now: float) -> tuple[float, float]:
+    def slack_s(self, now: float, spared: int) -> tuple[float, float]:
         """Return how long the next step may take so that every running request keeps its limit of TPOT: with its next
         tokens, and with all that it is expected to write yet. Infinite without a limit. One that cannot keep its limit
-        any more does not count."""
+        any more does not count, nor, in the second, the `spared` ones that come next."""
         step_s = self.forecast.cost.decode_s(len(self.running), self.forecast.context)
-        more = EXPECTED * self.forecast.usual_output
-        soon = later = inf
+        more, soon, later = EXPECTED * self.forecast.usual_output, inf, list[float]()
         for request in self.running.values():
             if request.offer.tpot_s is not None:
                 tpot_s = AIMED * request.offer.tpot_s
                 ahead = request.first_at - now + len(request.tokens) * tpot_s
                 gain = more * max(tpot_s - step_s, GAIN * tpot_s)
                 if ahead + gain >= step_s:
-                    soon, later = min(soon, ahead + SOON * gain), min(later, ahead + gain)
-        return soon, later
+                    soon = min(soon, ahead + SOON * gain)
+                    later.append(ahead + gain)
+        later.sort()
+        return soon, later[spared] if spared < len(later) else inf
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""
