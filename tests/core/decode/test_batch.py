@@ -172,9 +172,9 @@ def test_a_full_batch_asks_nobody(asked):
 STEPS = {"cost": Cost(decode=((1.0, 0.2),))}
 
 
-def slack(told, after=0.0):
+def slack(told, after=0.0, spared=0):
     """Of the batch, so long after now."""
-    return told.core.decode.batch.slack_s(told.now + after)
+    return told.core.decode.batch.slack_s(told.now + after, spared)
 
 
 def limited(*limits, tokens=2, **changes):
@@ -207,6 +207,14 @@ def test_of_many_decodes_the_one_that_is_least_ahead_counts():
     assert [outputs for *_, outputs in told.holds()] == [5, 4, 3, 2]
     assert slack(told) == (pytest.approx(2 * AIMED * 1.0 - 0.1),) * 2
     assert slack(told, 2.0) == (pytest.approx(3 * AIMED * 2.0 - 2.1),) * 2  # the limit of the last one is lost
+
+
+def test_as_many_decodes_as_are_spared_may_be_late_with_what_they_write_yet():
+    told = limited(3.0, None, 2.0, 1.0)
+    assert [slack(told, spared=spared) for spared in range(4)] == [
+        (pytest.approx(2 * AIMED * 1.0), pytest.approx(later) if later < inf else inf)
+        for later in (2 * AIMED * 1.0, 3 * AIMED * 2.0, 5 * AIMED * 3.0, inf)
+    ]
 
 
 def test_decodes_catch_up_with_what_they_usually_write_yet():

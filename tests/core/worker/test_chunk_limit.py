@@ -94,6 +94,13 @@ def test_a_prompt_that_is_late_is_computed_in_a_share_of_its_limit():
         assert asked(beside(usual=True), ttft_s=-limit_s) == Step(1, tokens)
 
 
+def test_as_many_decodes_may_be_late_as_prompts_are_about_to_be():
+    """`x` can pay for 16 tokens. A prompt for which more than half of its time is left waits for it."""
+    limit_s = EARLY * 100 / 13.0  # both prompts want a whole chunk
+    assert asked(beside(usual=True), ttft_s=limit_s, waits=6.5) == Step(1, 16)
+    assert asked(beside(usual=True), ttft_s=-limit_s / LATE, waits=6.5) == Step(1, 63)
+
+
 def test_the_deeper_in_a_prompt_the_smaller_the_chunk():
     deep = Cost(COST.prefill, COST.decode, prefill_start_s=0.002)
     told = beside(cost=deep)
