@@ -1,4 +1,5 @@
-"""docs/extending.md: its examples, carried out as they stand there on a copy of the code."""
+"""docs/extending.md, and the rule of docs/adaptive.md: their examples, carried out as they stand there on a copy of the
+code."""
 
 import json
 import os
@@ -13,9 +14,11 @@ from docs_blocks import ROOT, blocks
 
 PAGE = ROOT / "docs" / "extending.md"
 COPIED = ("bin", "conf", "docs", "tests", "tetri")
-EXAMPLES = [block for block in blocks(PAGE) if block.language in ("python", "diff", "toml")]
+PAGES = (PAGE, ROOT / "docs" / "adaptive.md")
+EXAMPLES = [block for page in PAGES for block in blocks(page) if block.language in ("python", "diff", "toml")]
 TESTS = {
     "tests/policy/test_dispatch.py": "tests/policy/test_rules.py",
+    "tests/policy/test_route.py": "",
     "tests/engine/test_jittery.py": "",
     "tests/kv/test_brief.py": "",
     "tests/proc/test_metrics.py": "",

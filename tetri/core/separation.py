@@ -40,7 +40,8 @@ class Separation:
     def look(self, loads: Mapping[str, Load], now: float) -> dict[str, str]:
         """Return what each of these instances keeps to, by the newest loads."""
         self._count(loads, now)
-        self.kept = {iid: None for iid in self.kept if iid in loads}
+        kept = [iid for iid in self.kept if iid in loads]
+        self.kept = dict.fromkeys(kept[: max(len(loads) - 1, 0)])  # others have gone: one at least decodes
         load = self._load(loads, now)
         if load is not None and now - self._changed_at >= HOLD_S:
             wanted = keep(load, len(self.kept))

@@ -131,8 +131,11 @@ def test_a_view_tells_how_much_time_the_decodes_of_adaptive_instances_leave():
     assert (before.share, before.groups) == ([1.0] * 4, [])
     made.viewed(autos(1, a0=busy(2, 1, 0.5), a1=busy(0, 3, 0.0), a2=busy(), m0=busy(9, 9, 0.1)))
     pool = made.pool(1, {})
-    assert pool is before and pool.share == [0.5, LEAST_SHARE, 1.0, 1.0] and pool.groups == [[2, 3], [0, 1]]
-    made.viewed(autos(2, a1=busy(1)))  # one that reports no more counts as idle
+    assert pool is before and pool.share == [0.5, LEAST_SHARE, 1.0, 1.0] and pool.groups == [[3], [2], [0, 1]]
+    kept = autos(2, a0=busy(2, 1, 0.5), a1=busy(), a2=busy(1)).changed(keeps={"a0": "prefill"})
+    made.viewed(kept)  # what it decodes yet does not count
+    assert pool.share == [0.5, 1.0, 1.0, 1.0] and pool.groups == [[0, 3], [1], [2]]
+    made.viewed(autos(3, a1=busy(1)))  # one that reports no more is taken to decode nothing
     assert (pool.share, pool.groups) == ([1.0] * 4, [[0, 2, 3], [1]])
 
 
