@@ -59,6 +59,7 @@ RULES = [
     (r"bin/tetri-cli predictor (train|eval) ", PARSED, "tests/cli/test_predictor_eval.py"),
     (r"tools/bench_transfer", PARSED, "tests/bench/test_transfer.py"),
     (r"tools/bench_handover", PARSED, "tests/bench/test_handover.py"),
+    (r"tools/bench_migrate", PARSED, "tests/bench/test_migrate.py"),
     (r"tools/bench_admission", PARSED, "tests/bench/test_admission.py"),
     (r"tools/bench_prediction", PARSED, "tests/bench/test_prediction.py"),
     (r"tools/predictor_chain", PARSED, "tests/bench/test_predictor_chain.py"),

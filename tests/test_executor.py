@@ -33,7 +33,7 @@ FROM_A_WORKER = [  # one of each kind, and the calls that it is
     (Step(3, 64), [("step", 3, 64)]),
     (AddRequest(LEG), [("add", LEG)]),
     (said.CancelRequest("k"), [("cancel", "k")]),
-    (AdmitRequest("k", 7), [("admit", "k", 7)]),
+    (AdmitRequest("k", 7, (8,)), [("admit", "k", 7, (8,))]),
     (said.HoldRequest("k", True), [("hold", "k", True)]),
     (said.StayRequest("k", "d"), [("stay", "k", "d")]),
     (PREDICT, [("predict", PREDICT)]),

@@ -23,6 +23,8 @@ class EngineRequest(Value, frozen=True):
     output_from   index in `tokens` where output begins; penalties, min_tokens and max_tokens count from there
     siblings      of a prefill: the key and the seed of each further choice. The step that ends the prefill draws the
                   first token of each of them too, from the same logits, and yields a Sampled with its key
+    ahead         of a decode request: most tokens after `tokens` whose KV may come too, because another engine goes on
+                  computing them. `admit` says which they are
     """
 
     key: str
@@ -31,6 +33,7 @@ class EngineRequest(Value, frozen=True):
     output_from: int
     sampling: Sampling
     siblings: tuple[tuple[str, int], ...] = ()
+    ahead: int = 0
 
     def as_decode(self, key: str) -> EngineRequest:
         """Return the decode request that a prefill request becomes when it stays."""

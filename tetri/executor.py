@@ -50,7 +50,7 @@ class RequestEngine(Protocol):
 
     def cancel(self, key: str) -> None: ...
 
-    def admit(self, key: str, token: int) -> None: ...
+    def admit(self, key: str, token: int, further: Sequence[int] = ()) -> None: ...
 
     def hold(self, key: str, held: bool) -> None: ...
 
@@ -116,7 +116,7 @@ class WorkerExecutor:
             Adopt: kv.adopt,
             AddRequest: lambda do: self._try(do.request.key, engine.add, do.request),
             CancelRequest: lambda do: engine.cancel(do.key),
-            AdmitRequest: lambda do: self._try(do.key, engine.admit, do.key, do.token),
+            AdmitRequest: lambda do: self._try(do.key, engine.admit, do.key, do.token, do.further),
             HoldRequest: lambda do: engine.hold(do.key, do.held),
             StayRequest: lambda do: self._try(do.key, engine.stay, do.key, do.decode_key),
             Predict: predict,

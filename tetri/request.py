@@ -246,6 +246,7 @@ class Receipt(Record, frozen=True):
     preempted   number of preemptions
     refetched   number of fetches that were repeated because a KV chunk arrived corrupt
     continued   output tokens of earlier attempts: the last attempt computed their KV anew and continued from there
+    migrated    how often it has gone on at another decode instance while it ran; the KV that moved for that counts too
 
     Only the worker that ends a request knows these, except `continued`. They are None if no worker ended it: the
     request was cancelled, failed, passed its deadline, or the broker found a stop text first.
@@ -264,11 +265,28 @@ class Receipt(Record, frozen=True):
     refetched: int | None = None
     continued: Count = 0
     local: int | None = None
+    migrated: Count = 0
+
+    def after(self, before: Self) -> Self:
+        """The receipt of a decode that has gone on at another instance, from those of both. All KV has moved there."""
+        recomputed = min((before.recomputed or 0) + (self.recomputed or 0), self.prompt_tokens)
+        sums = {name: (getattr(before, name) or 0) + (getattr(self, name) or 0) for name in _SUMS}
+        return self.changed(
+            **sums,
+            local=0,
+            adopted=self.prompt_tokens - recomputed,
+            recomputed=recomputed,
+            prefill_instance=before.prefill_instance,
+            migrated=before.migrated + 1,
+        )
 
     @property
     def kept(self) -> int:
         """Prompt tokens whose KV was computed once."""
         return (self.local or 0) + (self.adopted or 0)
+
+
+_SUMS = ("kv_bytes", "chunks", "preempted", "refetched")
 
 
 class Usage(Record, frozen=True):

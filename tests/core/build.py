@@ -28,6 +28,8 @@ from tetri.wire.messages import (
     InstanceLoad,
     LoadReport,
     Membership,
+    Migrate,
+    NotMigrated,
     Ready,
     Resend,
     Staged,
@@ -197,6 +199,14 @@ def drop(rid: str, **changes: Any) -> Drop:
 
 def close(rid: str, attempt: int = 1, reason: str = "", outputs: int = 0) -> Close:
     return Close(rid=rid, attempt=attempt, reason=reason, outputs=outputs)
+
+
+def migrate(rid: str, to: str = "d2", number: int = 2, attempt: int = 1) -> Migrate:
+    return Migrate(rid=rid, attempt=attempt, to=to, next=number)
+
+
+def not_migrated(iid: str, rid: str, number: int = 2, attempt: int = 1, *, held: bool = False) -> NotMigrated:
+    return NotMigrated(iid=iid, incarnation=1, rid=rid, attempt=attempt, next=number, why="no", held=held)
 
 
 def resend(rid: str, start: int, attempt: int = 1) -> Resend:

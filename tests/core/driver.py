@@ -40,6 +40,7 @@ class Working(Told):
         self.held: dict[str, None] = {}
         self.stays: dict[str, str] = {}  # prefill leg -> the decode leg that it turns into
         self.most: int | None = None  # passes that the step under way may take, None while there is none
+        self.limit: int | None = None  # most prompt tokens of that step; None: as many as its budget has left
         self.far, self.exports, self.frees = False, True, True
         self.trouble: dict[int, list[str]] = {}  # index of a chunk -> what is wrong with it, one try after the other
         self.asked: dict[str, tuple[str, Offer]] = {}  # rid -> its newest offer, and to whom
@@ -62,17 +63,17 @@ class Working(Told):
                 (self.waiting if engine_request.phase == "decode" else self.computed)[engine_request.key] = 0
             case say.CancelRequest(key):
                 self._forget(key)
-            case say.AdmitRequest(key):
-                self.sizes[key] = len(self.requests[key].tokens) + 1
+            case say.AdmitRequest(key, _, further):
+                self.sizes[key] = len(self.requests[key].tokens) + 1 + len(further)
             case say.StayRequest(key, decode_key):
                 assert key in self.computed and key not in self.stays, f"{key} cannot stay"
                 self.stays[key] = decode_key
             case say.HoldRequest(key, held):
                 assert (key in self.held) != held, f"{key} was told so before"
                 self.held.update({key: None}) if held else self.held.pop(key)
-            case say.Step(most):
+            case say.Step(most, chunk_tokens):
                 assert self.most is None, "a step is under way"
-                self.most = most
+                self.most, self.limit = most, chunk_tokens
             case say.Export(key, index, start, stop) if self.exports:
                 return say.Exported(key, index, start, stop, handle(*range(start, stop), segment=f"s-{self.iid}"), 9)
             case say.Adopt(key, index) if not self.far:
@@ -101,6 +102,7 @@ class Working(Told):
         found, room = list[Span](), 0 if self.most is None else self.own.capacity.chunk_tokens
         for key, size in self.sizes.items():
             room -= 0 if key in out or key in self.held else size if key in self.preempted else 1
+        room = room if self.limit is None else min(room, self.limit)
         for key, start in self.computed.items():
             stop = min(len(self.requests[key].tokens), start + room)
             if key not in self.held and stop > start:

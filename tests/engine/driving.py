@@ -10,10 +10,10 @@ def prompt(length, salt=0):
     return tuple((7 * position + salt) % 50 + 3 for position in range(length))
 
 
-def engine_request(key, phase, tokens, output_from=None, siblings=(), **sampling):
+def engine_request(key, phase, tokens, output_from=None, siblings=(), ahead=0, **sampling):
     sampling = Sampling(**{"max_tokens": 8, "ignore_eos": True, **sampling})
     begin = len(tokens) if output_from is None else output_from
-    return EngineRequest(key, phase, tuple(tokens), begin, sampling, tuple(siblings))
+    return EngineRequest(key, phase, tuple(tokens), begin, sampling, tuple(siblings), ahead)
 
 
 def prefill(engine, key, tokens, **sampling):

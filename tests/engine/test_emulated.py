@@ -6,6 +6,7 @@ import pytest
 
 from tests.engine.contract import CAPACITY, EngineContract
 from tests.engine.driving import adopt, adopt_all, engine_request, prefill, prompt, run, stay
+from tests.engine.move_contract import MoveContract
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
 from tetri.engine.emulated import EOS, EmulatedEngine, logprob_of, next_token, reference, reference_tokens
@@ -43,7 +44,7 @@ class Watch:
         return self.now >= self.message_at
 
 
-class TestContract(EngineContract):
+class TestContract(EngineContract, MoveContract):
     @pytest.fixture
     def engine(self):
         made = emulated(CAPACITY)

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tetri.policy.dispatch import (
     DRAWS,
+    adaptive,
     first_fit,
     imbalance,
     least_deferred,
@@ -101,6 +102,38 @@ def test_drawing_and_testing_looks_at_few_columns_while_many_have_room(share, mo
     Counted.passes = Counted.looks = 0
     assert None not in chosen(power_of_two, Need(1, 10, heavy=False), among, draws=500)
     assert Counted.passes <= most and Counted.looks <= 500 * 5 * DRAWS
+
+
+def at_home(home, step_s, *columns):
+    among = pool(*columns)
+    among.home, among.step_s = home, list(step_s)
+    return among
+
+
+@pytest.mark.parametrize(
+    "columns, right",
+    [
+        ([(4, -9, 9, 9), (99, 99, 0, 0), (99, 99, 0, 0)], {0}),  # memory for the prompt is enough to stay
+        ([(3, 3, 0, 0), (99, 99, 0, 0), (99, 99, 0, 0)], {2}),  # of two the one with the shorter step
+        ([(3, 3, 0, 0), (99, 99, 0, 0), (9, 9, 0, 0)], {1}),  # only this one has memory up to the end
+        ([(3, 3, 0, 0), (9, 5, 0, 0), (9, 6, 0, 0)], {2}),  # none has: the one with the most spare memory
+        ([(3, 3, 0, 0), (3, 3, 0, 0), (3, 3, 0, 0)], {None}),
+        ([(EXCLUDED, 99, 0, 0), (9, 9, 0, 0), (3, 3, 0, 0)], {1}),  # it must not stay
+    ],
+)
+def test_an_adaptive_instance_keeps_its_prompts_while_it_has_memory(columns, right):
+    assert set(chosen(adaptive, LIGHT, at_home(0, (9.0, 2.0, 1.0), *columns))) == right
+
+
+def test_without_a_home_the_adaptive_route_is_the_paper_s():
+    among = at_home(-1, (1.0, 2.0, 9.0), *[(20, 20, heavy, 0) for heavy in (7, 5, 3)])
+    assert chosen(adaptive, LIGHT, among) == chosen(power_of_two, LIGHT, among)
+
+
+def test_among_many_it_does_not_choose_the_same_one_as_every_other_dispatcher():
+    among = at_home(0, [0.0, *range(1, 10)], (0, 0, 0, 0), *[(20, 20, 0, 0)] * 9)
+    counts = chosen(adaptive, LIGHT, among, draws=2000)
+    assert sorted(counts) == [*range(1, 9)] and counts[1] < 1000  # the one with the longest step loses all its pairs
 
 
 def test_first_fit_round_robin_and_least_loaded_skip_who_has_no_room():

@@ -3,12 +3,24 @@
 from collections import Counter
 from random import Random
 
-from tetri.policy.route import drawn, least_loaded, random, round_robin
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tetri.policy.route import IN_TIME, adaptive, drawn, least_loaded, random, round_robin
 from tetri.policy.views import PrefillPool
 
 
 def pool(*queued_s, last=-1):
-    return PrefillPool([f"p{number}" for number in range(len(queued_s))], list(queued_s), last)
+    return PrefillPool([f"p{number}" for number in range(len(queued_s))], list(queued_s), last=last)
+
+
+def adaptives(*columns, ttft_s):
+    """Columns of (queued_s, share, decodes)."""
+    queued_s, share, decodes = (list(column) for column in zip(*columns, strict=True))
+    places = range(len(columns))
+    groups = [[place for place in places if decodes[place] == count] for count in sorted({*decodes})]
+    return PrefillPool([f"a{place}" for place in places], queued_s, share, groups, ttft_s)
 
 
 def test_the_least_loaded_and_the_first_of_equals_and_nobody_among_none():
@@ -30,3 +42,44 @@ def test_random_takes_each_as_often_and_never_leaves_the_pool():
 
 def test_round_robin_takes_the_one_after_the_last():
     assert [round_robin(1.0, pool(1.0, 2.0, 3.0, last=last), Random(1)) for last in (-1, 0, 2, 5)] == [0, 1, 0, 0]
+
+
+def test_among_fixed_roles_the_adaptive_route_takes_the_least_loaded():
+    assert adaptive(1.0, PrefillPool(), Random(1)) is None
+    busy = pool(3.0, 2.0, 2.0)
+    busy.ttft_s = 100.0
+    assert adaptive(1.0, busy, Random(1)) == 1
+
+
+@pytest.mark.parametrize(
+    "ttft_s, columns, right",
+    [
+        (8.0, [(1.0, 1.0, 5), (2.0, 1.0, 3)], 1),  # both are in time: where fewer decodes are delayed
+        (8.0, [(1.0, 1.0, 5), (3.0, 1.0, 3)], 0),  # 4 s of 8 are too late
+        (8.0, [(1.0, 1.0, 5), (1.1, 0.5, 3)], 0),  # decodes leave it half of its time: 4.2 s
+        (8.0, [(1.0, 0.9, 3), (0.5, 0.9, 3), (0.0, 1.0, 4)], 1),  # as many decodes: where it is computed first
+        (8.0, [(0.5, 0.9, 3), (0.5, 0.9, 3)], 0),
+        (2.0, [(1.0, 1.0, 5), (0.5, 1.0, 9), (0.8, 1.0, 0)], 1),  # none is in time: where it is computed first
+        (2.0, [(1.0, 1.0, 9), (0.5, 0.5, 0)], 0),
+        (0.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),  # it has no limit, or is late
+        (-5.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),
+        (8.0, [(9.0, 1.0, 0), (9.0, 1.0, 2), (0.0, 1.0, 7), (0.0, 1.0, 9)], 2),  # of the next group that is in time
+    ],
+)
+def test_in_time_where_it_delays_the_fewest_decodes_else_where_it_is_computed_first(ttft_s, columns, right):
+    assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == right
+
+
+COLUMN = st.tuples(st.integers(0, 9).map(float), st.sampled_from([0.02, 0.5, 1.0]), st.integers(0, 3))
+
+
+@settings(deadline=None, derandomize=True)
+@given(st.lists(COLUMN, min_size=1, max_size=12), st.integers(-1, 40).map(float))
+def test_no_other_instance_suits_the_prompt_better(columns, ttft_s):
+    def seconds(place):
+        return (columns[place][0] + 1.0) / columns[place][1]
+
+    able = [place for place in range(len(columns)) if seconds(place) < IN_TIME * ttft_s]
+    ranks = {place: (place not in able, columns[place][2] if place in able else 0, seconds(place), place)
+             for place in range(len(columns))}  # fmt: skip
+    assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == min(ranks, key=ranks.__getitem__)

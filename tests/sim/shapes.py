@@ -121,7 +121,7 @@ ODDS = {"drop": (0.02, 0.2, 0.2), "duplicate": (0.02, 0.2), "delay": (0.05, 0.3)
 ODDS |= {"kill": (0.5, 2.0), "disconnect": (0.2, 3.0), "leave": (0.5, 2.0), "stall": (0.5, 2.0), "cancel": (0.1, 0.4)}
 ODDS |= {"flip": (3.0, 15.0), "kill_monitor": (1.0, 3.0), "mute": (0.2, 1.0), "lose": (0.05, 0.3)}
 ODDS |= {"truncate": (0.05, 0.3), "replay": (0.05, 0.4), "overtake": (0.05, 0.4), "mangle": (0.02, 0.1)}
-ODDS |= {"freeze": (0.3, 1.0)}
+ODDS |= {"freeze": (0.3, 1.0), "migrate": (5.0, 50.0)}
 
 
 def some_faults(seed: int) -> Faults:

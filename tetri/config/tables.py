@@ -199,6 +199,9 @@ class PolicyConfig:
     # Longest wait of a started prompt for its predicted length, at most until its last chunk; then it is offered
     # without one.
     length_wait_s: float = number(_RULES.length_wait_s, 0, 3600)
+    # Which running decodes go on at another instance: those of an instance that takes no decodes any more, or is short
+    # of memory. auto: only at instances in the role auto; everywhere: at any that takes decodes.
+    migrate: str = choice(_RULES.migrate, *TABLES["migrate"])
     heavy_tokens: int = number(_RULES.heavy_tokens, 1, 1 << 30)  # a decode whose range has a higher middle is heavy
     # The end of the length range that the dispatcher uses, so that its requests fit.
     dispatch_end: str = choice(_RULES.dispatch_end, *ENDS)

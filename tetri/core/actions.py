@@ -86,10 +86,12 @@ class CancelRequest(Value, frozen=True):
 
 
 class AdmitRequest(Value, frozen=True):
-    """Let a decode request whose KV has landed run. `token`: its first output token."""
+    """Let a decode request whose KV has landed run. `token`: its first output token. `further`: those after it, of a
+    request that was decoded elsewhere before."""
 
     key: str
     token: int
+    further: tuple[int, ...] = ()
 
 
 class StayRequest(Value, frozen=True):

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean, median
 
 from tetri.policy.keep import keep
 from tetri.policy.views import ClusterLoad
 from tetri.wire.load import Load
 
 WINDOW_S = 30.0  # over which the load is measured
-LEAST_S = 5.0  # of it that must have passed before the first decision
+LEAST_S = 15.0  # of it that must have passed before the first decision
 HOLD_S = 5.0  # least time between two changes
 LONG = 2.0  # the prefill of a long prompt, over the mean
 AIMED = 0.9  # share of a limit that is aimed at
@@ -25,7 +25,6 @@ class _Totals:
     at: float
     arrived: int = 0
     arrived_s: float = 0.0
-    decoded: int = 0
 
 
 class Separation:
@@ -58,9 +57,8 @@ class Separation:
             if before is not None:
                 totals.arrived += max(load.arrived - before.arrived, 0)
                 totals.arrived_s += max(load.arrived_s - before.arrived_s, 0.0)
-                totals.decoded += max(load.decoded - before.decoded, 0)
         self._seen = dict(loads)
-        self._window.append(_Totals(now, totals.arrived, totals.arrived_s, totals.decoded))
+        self._window.append(_Totals(now, totals.arrived, totals.arrived_s))
         while now - self._window[0].at > WINDOW_S:
             self._window.popleft()
 
@@ -69,7 +67,8 @@ class Separation:
         seconds, arrived = now - first.at, last.arrived - first.arrived
         decoding = [load for load in loads.values() if load.tpot_s]
         prompting = [load.ttft_s for load in loads.values() if load.ttft_s]
-        if len(loads) < 2 or seconds < LEAST_S or not (arrived and decoding and prompting):
+        outputs = [load.output for load in loads.values() if load.output]
+        if len(loads) < 2 or seconds < LEAST_S or not (arrived and decoding and prompting and outputs):
             return None
         requests = sum(load.waiting + load.running for load in decoding)
         base_s = median(load.base_s for load in decoding)
@@ -79,7 +78,7 @@ class Separation:
         return ClusterLoad(
             instances=len(loads),
             prefill=(last.arrived_s - first.arrived_s) / seconds,
-            tokens=(last.decoded - first.decoded) / seconds,
+            tokens=arrived / seconds * fmean(outputs),
             context=sum(load.context for load in loads.values()),
             kv_tokens=1 << 40,
             mean_s=mean_s,

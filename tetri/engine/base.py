@@ -12,6 +12,9 @@ prefill  Computes KV for all of `tokens`, in chunks, oldest request first. The s
 decode   Reserves blocks for all of `tokens` (reported by `StepDone.allocated`), receives their KV by `adopt`, and runs
          after `admit`, which passes the token that follows `tokens`. The engine does not compute `tokens` again,
          unless it preempts the engine request; the spans show that. It can be held once it is admitted.
+         With `ahead`, it reserves blocks for so many tokens more, and `admit` passes those that came with their KV.
+         Once it is admitted, `export` can read its blocks between two steps: they have the KV of all of its tokens but
+         the last, unless it is preempted.
 
 A step computes at most `chunk_tokens` positions. Each running decode request gets one token, so prefill never delays
 decode by a step. The rest of the budget goes to one chunk of prefill tokens, which may be limited further (`chunk`).
@@ -72,9 +75,10 @@ class Engine(Protocol):
         """End an engine request in any state and free its blocks before the next step. An unknown key is no error. The
         decode key of a prefill that is to stay takes that back: the prefill ends as any other."""
 
-    def admit(self, key: str, token: int) -> None:
+    def admit(self, key: str, token: int, further: Sequence[int] = ()) -> None:
         """Admit a decode request to the running batch, after all of its blocks were adopted. `token` follows its
-        `tokens`."""
+        `tokens`, and the `further` ones, at most its `ahead`, follow that one: the KV of all but the last was
+        adopted too."""
 
     def hold(self, key: str, held: bool) -> None:
         """Exclude a request from the next steps, or include it again. It keeps its blocks and its place. An unknown key

@@ -120,9 +120,9 @@ class EmulatedEngine:
         if content is not None:
             self._release(content)
 
-    def admit(self, key: str, token: int) -> None:
-        self.paged.admit(key, token)
-        self.contents[key].tokens.append(token)
+    def admit(self, key: str, token: int, further: Sequence[int] = ()) -> None:
+        self.paged.admit(key, token, further)
+        self.contents[key].tokens += [token, *further]
 
     def hold(self, key: str, held: bool) -> None:
         self.paged.hold(key, held)

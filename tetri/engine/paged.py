@@ -20,6 +20,7 @@ it takes; `finish` returns the result. The order inside `plan`:
 from __future__ import annotations
 
 from bisect import insort
+from collections.abc import Sequence
 
 from tetri.cost import Cost
 from tetri.engine.base import EngineError
@@ -61,6 +62,8 @@ class Paged:
         left = request.sampling.max_tokens - (count - request.output_from)
         if not count or left < 1 or count + 1 > self.capacity.context:
             raise EngineError(f"{count} tokens and {left} more do not fit into the context")
+        if request.ahead >= min(left, self.capacity.context - count):
+            raise EngineError(f"room for {request.ahead} tokens is too much: it ends before")
         if request.key in self.slots or request.key in self._stays:
             raise EngineError(f"engine request {request.key} is already there")
         self._added += 1
@@ -89,13 +92,15 @@ class Paged:
             self._prefills.remove(slot)
         self._release(slot)
 
-    def admit(self, key: str, token: int) -> None:
-        """As in `Engine`. Ignores `token`; an engine that computes tokens keeps it."""
+    def admit(self, key: str, token: int, further: Sequence[int] = ()) -> None:
+        """As in `Engine`. Only counts the tokens; an engine that computes tokens keeps them."""
         slot = self.slots.get(key)
         if slot is None or not slot.ready:
             raise EngineError(f"engine request {key} does not wait for admission")
+        if len(further) > slot.request.ahead:
+            raise EngineError(f"engine request {key} has room for {slot.request.ahead} tokens, not {len(further)}")
         slot.ready = False
-        slot.known += 1
+        slot.known += 1 + len(further)
         self._join(slot)
 
     def hold(self, key: str, held: bool) -> None:
@@ -183,7 +188,7 @@ class Paged:
     def _allocate(self) -> tuple[str, ...]:
         found = []
         for key, slot in self._parked.items():
-            if not self._extend(slot, slot.known):
+            if not self._extend(slot, slot.known + slot.request.ahead):
                 break
             slot.ready = True
             found.append(key)

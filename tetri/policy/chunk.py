@@ -42,6 +42,6 @@ def limit(step: MixedStep, cost: StepCost, most: int) -> int:
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
         if seconds > step.later_s or (seconds > step.ahead_s and rate >= step.wanted):
             break
-        if size > rate * seconds:
+        if not seconds or size > rate * seconds:  # without a cost table, all steps take no time
             best, rate = size, size / seconds if seconds else inf
     return best

@@ -50,17 +50,14 @@ def power_of_two_ratio(need: Need, pool: DecodePool, rng: Random) -> int | None:
 
 def adaptive(need: Need, pool: DecodePool, rng: Random) -> int | None:
     """For an adaptive instance (role auto), not in the paper: the instance itself, if it has memory, since no KV moves
-    then. Otherwise, of the instances with memory up to the request's predicted end, the one with the shortest decode
-    step; if none has it, the one with the most spare memory. For any other instance as `power_of_two`."""
+    then. Otherwise as `power_of_two`, but of the two the one with the shorter decode step. For any other instance as
+    `power_of_two`."""
     if pool.home < 0:
         return power_of_two(need, pool, rng)
     if pool.free[pool.home] >= need.blocks:
         return pool.home
-    fits = [column for column, spare in enumerate(pool.spare) if spare >= need.end_blocks]
-    fits = [column for column in fits if pool.free[column] >= need.blocks]
-    if not fits:
-        return _most_spare(need, pool)
-    return min(fits, key=lambda column: (pool.step_s[column], pool.heavy[column] + pool.light[column]))
+    pair = _two_fitting(need, pool, rng)
+    return min(pair, key=pool.step_s.__getitem__) if pair else _most_spare(need, pool)
 
 
 def first_fit(need: Need, pool: DecodePool, rng: Random) -> int | None:

@@ -11,9 +11,9 @@ from math import inf, sqrt
 from tetri.policy.views import ClusterLoad
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the prompts that decoding instances prefill
-PACES = (1.0, 1.1, 1.25, 1.5, 2.0)  # time between tokens over its limit, in exchange for which prompts are computed
+WORST = 4.0  # time between tokens over its limit that is looked at: decodes give way as far if prompts need it
 LONG = 2.3  # the wait that one in ten exceeds, over the mean wait, where waits are distributed exponentially
-CALM = 0.7  # below this pressure one arrangement is as good as another
+CALM = 0.5  # below this pressure one arrangement is as good as another
 GAIN = 0.15  # by how much another arrangement must be better
 
 
@@ -40,23 +40,27 @@ def _shared(load: ClusterLoad, kept: int, decoding: int, share: float) -> float:
     """The pressure if the decoding instances prefill this share of the prompts."""
     own = load.prefill * load.beside * share / decoding  # of their time
     left = 1.0 - own - load.tokens * load.request_s / decoding
-    alone = 0.0
-    if share < 1:
-        alone = _ttft_s(load, 1.0, load.prefill * (1 - share) / kept, kept) / load.ttft_s
+    alone = _ttft_s(load, 1.0, load.prefill * (1 - share) / kept, kept) / load.ttft_s if share < 1 else 0.0
     if left <= 0 or alone == inf:
         return inf
     step_s = load.base_s / left  # a decode step, with its part of the chunks
     if share == 0:
         return max(alone, step_s / load.tpot_s)
     decode_s = load.base_s + load.request_s * load.tokens * step_s / decoding  # without it
-    pressures = [step_s / load.tpot_s] if step_s > PACES[-1] * load.tpot_s else []
-    for pace in PACES:
-        token_s = pace * load.tpot_s  # decodes may wait so long for each token
-        if token_s > step_s:
-            free = (1.0 - decode_s / token_s) / load.beside
-            beside = _ttft_s(load, free, own / load.beside / free, decoding) / load.ttft_s
-            pressures.append(max(alone, beside, step_s / load.tpot_s if pace == 1 else pace))
-    return min(pressures, default=inf)
+
+    def beside(pace: float) -> float:
+        """The TTFT over its limit if decodes may wait `pace` times their limit for each token."""
+        free = (1.0 - decode_s / (pace * load.tpot_s)) / load.beside
+        return _ttft_s(load, free, own / load.beside / free, decoding) / load.ttft_s if free > 0 else inf
+
+    low = max(step_s / load.tpot_s, 1.0)
+    if beside(low) <= 1 or low >= WORST:
+        return max(alone, step_s / load.tpot_s, beside(low) if low < WORST else 0.0)
+    high = WORST
+    for _ in range(8):  # the least pace at which the prompts are in time
+        middle = (low + high) / 2
+        low, high = (middle, high) if beside(middle) > 1 else (low, middle)
+    return max(alone, high)
 
 
 def _ttft_s(load: ClusterLoad, free: float, used: float, instances: int) -> float:

@@ -9,11 +9,12 @@ from random import Random
 from typing import Any
 
 from tetri.engine_request import Span
-from tetri.policy import admit, chunk, dispatch, flip, length, order, route
+from tetri.policy import admit, chunk, dispatch, flip, length, migrate, order, route
 from tetri.policy.length import LengthSettings
 from tetri.policy.order import Order
 from tetri.policy.views import (
     BatchView,
+    DecodeInstance,
     DecodePool,
     FlipSettings,
     InstanceState,
@@ -21,6 +22,7 @@ from tetri.policy.views import (
     PrefillPool,
     Progress,
     RoleChange,
+    RunningDecode,
     WaitingRequest,
 )
 from tetri.request import LengthRange, Sampling
@@ -30,6 +32,7 @@ DecodeRoute = Callable[[Need, DecodePool, Random], int | None]
 ChunkPacking = Callable[[Sequence[Progress], int], list[Span]]
 Admission = Callable[[Sequence[WaitingRequest], BatchView], list[str]]
 LengthPrediction = Callable[[int, Sampling, LengthSettings, Random], LengthRange | None]
+Migration = Callable[[Sequence[DecodeInstance], Mapping[str, Sequence[RunningDecode]]], list[tuple[str, str]]]
 FlipRule = Callable[[Sequence[InstanceState], FlipSettings], RoleChange | None]
 
 PREFILL_ROUTES: dict[str, PrefillRoute] = {
@@ -71,6 +74,7 @@ LENGTHS: dict[str, LengthPrediction] = {
     "noisy": length.noisy,
     "trained": length.trained,
 }
+MIGRATIONS: dict[str, Migration] = {"none": migrate.none, "auto": migrate.auto, "everywhere": migrate.everywhere}
 FLIPS: dict[str, FlipRule] = {"none": flip.none, "idle": flip.idle, "below": flip.below, "balance": flip.balance}
 
 #: name of the setting in [policy], or `flip` in [monitor] -> its table
@@ -81,6 +85,7 @@ TABLES: dict[str, Mapping[str, Any]] = {
     "chunk": CHUNKS,
     "admit": ADMISSIONS,
     "length": LENGTHS,
+    "migrate": MIGRATIONS,
     "flip": FLIPS,
 }
 
@@ -108,6 +113,7 @@ class Rules:
     chunk: str = "pack"
     admit: str = "greedy"
     length: str = "none"
+    migrate: str = "auto"
     sched_batch: int = 16
     dispatch_end: str = "high"
     admit_end: str = "high"

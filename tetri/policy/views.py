@@ -16,14 +16,15 @@ from tetri.request import Value
 class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
     prefill work that is assigned to it and not done. `share`: the share of its time that prefill gets there while its
-    decodes keep their limits of TPOT. `decodes`: its decodes, if it is adaptive. `ttft_s`: seconds that are left until
-    the first token of the request is late; 0 if it has no limit, or is late. `last`: the column chosen last, -1 before
-    the first choice; the pool's owner maintains it for `round_robin`."""
+    decodes keep their limits of TPOT. `groups`: the columns with equally many decodes, ascending, those with the fewest
+    first; empty if no instance is adaptive. `ttft_s`: seconds that are left until the first token of the request is
+    late; 0 if it has no limit, or is late. `last`: the column chosen last, -1 before the first choice; the pool's owner
+    maintains it for `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
     share: list[float] = field(default_factory=list)
-    decodes: list[int] = field(default_factory=list)
+    groups: list[list[int]] = field(default_factory=list)
     ttft_s: float = 0.0
     last: int = -1
 
@@ -163,6 +164,36 @@ class BatchView(Value, frozen=True):
     max_batch: int
     free_blocks: int
     block_tokens: int = 1
+
+
+class RunningDecode(Value, frozen=True):
+    """A running decode. It holds `blocks` KV blocks; another instance that takes it must have `needs`. `left`: most
+    tokens that it may still write."""
+
+    id: str
+    blocks: int
+    needs: int
+    left: int
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeInstance:
+    """An instance that runs decodes, or may take some.
+
+    free_blocks     its free KV blocks, without those that decodes on their way to it need
+    running         its batch
+    places          decodes that it can still take into its batch, without those on their way
+    outgoing         decodes on their way from it
+    outgoing_blocks  the blocks of these
+    """
+
+    iid: str
+    role: str
+    free_blocks: int
+    running: int
+    places: int
+    outgoing: int = 0
+    outgoing_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from msgspec import Struct
 from msgspec.structs import replace
 
 from tetri.instance import Fingerprint
-from tetri.request import Count, LengthRange, Name, Record, Sampling, Token
+from tetri.request import Count, LengthRange, Name, Receipt, Record, Sampling, Token
 
 
 class BetweenWorkers(Record, frozen=True):
@@ -48,7 +48,11 @@ class Handle(Record, frozen=True):
 class Offer(BetweenWorkers, tag="offer", frozen=True):
     """Asks a decode instance to take a request and to reserve `blocks` KV blocks for `prompt` + `output`, and as many
     again for each of its `siblings`. The answer, for all of them, is Grant, Defer or Refuse. `alone`: as in Assign.
-    `canary`: it comes after all other offers. `tpot_s`: its limit of the mean time between two tokens."""
+    `canary`: it comes after all other offers. `tpot_s`: its limit of the mean time between two tokens.
+
+    A decode that runs at the sender has a `receipt`: how its KV came there. `blocks` are then for `written` too, its
+    output tokens in this attempt so far but the last, and for `ahead` tokens that it may write until it stops there.
+    Its first token is `decoded_s` seconds old."""
 
     fingerprint: Fingerprint
     prompt: list[int]
@@ -61,6 +65,15 @@ class Offer(BetweenWorkers, tag="offer", frozen=True):
     siblings: list[Sibling] = []
     canary: bool = False
     tpot_s: float | None = None
+    receipt: Receipt | None = None
+    written: list[int] = []
+    ahead: Count = 0
+    decoded_s: float = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        """The tokens that are known now of those whose KV comes."""
+        return [*self.prompt, *self.output, *self.written]
 
     def choices(self) -> list[Offer]:
         """Return the offer of each choice as if it were alone."""
@@ -103,7 +116,8 @@ class Refuse(BetweenWorkers, tag="refuse", frozen=True):
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):
     """Announces a KV chunk: the prompt's blocks [start, stop) can be fetched at `handle`. `digest`: xxh3-64 of their
     bytes, None if digests are off. `tokens`, in the last chunk only: the first output token of each choice in the order
-    of the Offer; None for one that has ended meanwhile."""
+    of the Offer; None for one that has ended meanwhile. Instead of it, in the last chunk of a decode that runs at the
+    sender until then: `written`, all its output tokens in this attempt."""
 
     index: Count
     start: Count
@@ -111,6 +125,7 @@ class Chunk(BetweenWorkers, tag="chunk", frozen=True):
     handle: Handle
     digest: int | None
     tokens: list[Token | None] = []
+    written: list[Token] = []
 
 
 class Landed(BetweenWorkers, tag="landed", frozen=True):

@@ -32,7 +32,7 @@ class Load(Record, frozen=True):
     chunk_s         predicted seconds of the chunk with the best prefill rate, without decodes
     arrived         requests that were ever assigned to it
     arrived_s       predicted seconds of their prefill
-    decoded         output tokens that its decode requests ever wrote
+    output          mean output tokens of the requests that have ended here lately; 0 before the first
     ttft_s, tpot_s  the limits of the requests here, in the median; 0: none is here, or they have none
     """
 
@@ -58,6 +58,6 @@ class Load(Record, frozen=True):
     chunk_s: float = 0.0
     arrived: Count = 0
     arrived_s: float = 0.0
-    decoded: Count = 0
+    output: float = 0.0
     ttft_s: float = 0.0
     tpot_s: float = 0.0

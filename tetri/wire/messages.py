@@ -132,6 +132,17 @@ class Failed(FromWorker, tag="failed", frozen=True):
     lost: Name = ""
 
 
+class NotMigrated(FromWorker, tag="not_migrated", frozen=True):
+    """A running request does not go on elsewhere as the Migrate with this `next` has asked. It goes on here; but if
+    `held`, another instance may have all its KV, and it waits here for a Migrate that says where it goes on."""
+
+    rid: Name
+    attempt: Count
+    next: Count
+    why: str
+    held: bool = False
+
+
 class LoneStep(FromWorker, tag="lone_step", frozen=True):
     """The worker's next step computes this request alone (Assign.alone). The engine waits for the Proceed with the same
     `number`, which counts from 1 for the life of the process. `stage`: PREFILL, or WAITING for a decode step. `over`:
@@ -152,7 +163,7 @@ class FlipWanted(Record, tag="flip_wanted", frozen=True):
     why: str
 
 
-WorkerEvent = Ready | Heartbeat | Staged | Tokens | Failed | LoneStep | FlipWanted
+WorkerEvent = Ready | Heartbeat | Staged | Tokens | Failed | NotMigrated | LoneStep | FlipWanted
 
 # ---- workers -> monitor (published)
 
@@ -233,6 +244,16 @@ class Flip(Record, tag="flip", frozen=True):
     number: Count
 
 
+class Migrate(Record, tag="migrate", frozen=True):
+    """Tells a worker that decodes a request to hand it over to instance `to`, where it goes on as attempt `next` of it.
+    With its own id as `to`: to go on with it here, whatever Migrate up to that `next` has asked for."""
+
+    rid: Name
+    attempt: Count
+    to: Name
+    next: Count
+
+
 class Close(Record, tag="close", frozen=True):
     """Tells a worker to stop a request, in any stage, up to this attempt, and to drop it. `reason`: the end reason, as
     in Done; "" if the request continues on another worker or as another attempt. `outputs`: the output length, for
@@ -270,5 +291,5 @@ class Membership(Record, tag="membership", frozen=True):
     gone: list[Name] = []
 
 
-FromBroker = Assign | Proceed | Flip | Close | Resend | Membership
+FromBroker = Assign | Proceed | Flip | Migrate | Close | Resend | Membership
 InboxMessage = FromBroker | Offer | LengthUpdate | Grant | Defer | Refuse | Chunk | Landed | Drop

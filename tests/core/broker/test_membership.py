@@ -5,15 +5,17 @@ from random import Random
 import pytest
 
 from tests.core.broker.serving import RID, assigned, serving, submit
+from tests.core.broker.work import opcodes
 from tests.core.build import PHASES, capacity, failed, fingerprint, heartbeat, identity, ready, staged, tokens
 from tests.core.reading import only, sent
-from tetri.core.actions import Disconnect
-from tetri.core.broker.membership import FORGET_S, Members
+from tetri.core.actions import Broken, Disconnect
+from tetri.core.broker.membership import FORGET_S, LEAST_SHARE, Members
 from tetri.core.instance.peers import Peers
-from tetri.request import Stage
+from tetri.request import Stage, StepRatio
 from tetri.wire.codec import encode
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import FromWorker, Membership
+from tetri.wire.load import Load
+from tetri.wire.messages import ClusterView, FromWorker, InstanceLoad, Membership
 from tetri.wire.observation import Activity
 
 OTHER = fingerprint(dtype="f32")
@@ -68,7 +70,82 @@ def test_work_is_told_in_seconds_and_the_last_choice_is_remembered():
     first = made.pool(1, {"p1": 2_500_000_000})
     assert first.queued_s == [0.0, 2.5]
     first.last = 1
+    for iid in ("p0", "p1"):
+        made.recount(iid)
     assert made.pool(1, {"p0": 10**9}) is first and (first.queued_s, first.last) == ([1.0, 0.0], 1)
+
+
+def test_work_is_counted_where_it_has_changed_in_every_pool():
+    made = members(("small", "prefill", {"capacity": capacity(blocks=2)}), ("large", "prefill"))
+    work = {"small": 10**9, "large": 2 * 10**9}
+    assert [made.pool(tokens, work).queued_s for tokens in (8, 9)] == [[1.0, 2.0], [2.0]]
+    work["large"] = 3 * 10**9
+    with pytest.raises(Broken, match="large counts with 2.0 s of work, but has 3.0 s"):
+        made.check(work)
+    made.recount("large")
+    made.check(work)
+    assert [made.pool(tokens, work).queued_s for tokens in (8, 9)] == [[1.0, 3.0], [3.0]]
+    made.by_iid["small"].slowness = 2.0
+    made.recount("small")
+    made.recount("gone")
+    assert made.pool(1, work).queued_s == [2.0, 3.0]
+    made.check(work)
+
+
+def test_the_account_of_work_follows_every_request(served):
+    """`check` compares it after every event."""
+    served.tell(ready("p2", "prefill"), PeerUp("p2"))
+    placed = [assigned(served.tell(submit(key, (1,) * 6)))[0][0] for key in ("a", "b", "c")]
+    assert sorted({*placed}) == ["p1", "p2"]
+    served.tell(heartbeat("p1", step_ratio=StepRatio(prefill=2.0)), tokens(placed[0], RID, 0, 7))
+    served.tell(PeerDown(placed[1]))
+    served.later(0.3)
+
+
+def test_a_choice_costs_no_more_the_more_instances_there_are():
+    """Counted, not timed. The rest is the route's."""
+
+    def work(instances):
+        made = members(*[(f"a{number}", "auto") for number in range(instances)])
+        made.viewed(autos(1, **{iid: busy(running=3) for iid in made.by_iid}))
+        made.pool(1, {})
+        made.recount("a1")
+        return opcodes(lambda: made.pool(1, {"a1": 10**9}))
+
+    assert work(40) == work(4)
+
+
+def autos(number, **loads):
+    """A view of adaptive instances, and of those in fixed roles: named by their first letters."""
+    entries = [InstanceLoad(iid, 1, "auto" if iid[0] == "a" else "mixed", 0.0, load) for iid, load in loads.items()]
+    return ClusterView(epoch=1, number=number, loads=entries)
+
+
+def busy(running=0, waiting=0, share=1.0):
+    return Load(free_blocks=5, running=running, waiting=waiting, share=share)
+
+
+def test_a_view_tells_how_much_time_the_decodes_of_adaptive_instances_leave():
+    made = members(("a0", "auto"), ("a1", "auto"), ("a2", "auto"), ("m0", "mixed"))
+    before = made.pool(1, {})
+    assert (before.share, before.groups) == ([1.0] * 4, [])
+    made.viewed(autos(1, a0=busy(2, 1, 0.5), a1=busy(0, 3, 0.0), a2=busy(), m0=busy(9, 9, 0.1)))
+    pool = made.pool(1, {})
+    assert pool is before and pool.share == [0.5, LEAST_SHARE, 1.0, 1.0] and pool.groups == [[2, 3], [0, 1]]
+    made.viewed(autos(2, a1=busy(1)))  # one that reports no more counts as idle
+    assert (pool.share, pool.groups) == ([1.0] * 4, [[0, 2, 3], [1]])
+
+
+def test_who_joins_between_two_views_is_idle_and_fixed_roles_need_no_groups():
+    made = members(("a0", "auto"))
+    made.viewed(autos(1, a0=busy(2, share=0.5)))
+    made.ready(ready("a1", "auto"), 0.0)
+    made.connected("a1")
+    pool = made.pool(1, {})
+    assert (pool.iids, pool.share, pool.groups) == (["a0", "a1"], [0.5, 1.0], [[1], [0]])
+    made = members(("m0", "mixed"), ("m1", "mixed"))
+    made.viewed(autos(1, m0=busy(2, share=0.5)))
+    assert (made.pool(1, {}).share, made.pool(1, {}).groups) == ([1.0, 1.0], [])
 
 
 def test_a_worker_that_harms_its_kv_on_purpose_is_named():

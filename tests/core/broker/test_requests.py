@@ -19,7 +19,7 @@ def request(number=1, n=1, deadline=None, **sampling):
 @pytest.fixture
 def table():
     """r1 is to be computed by p1, r2 is decoded by d1."""
-    made = Table(lambda choice, now: None)
+    made = Table(lambda choice, now: None, lambda iid: None)
     for number in (1, 2):
         made.add(request(number), 0.0)
         made.assign(made.choices[f"r{number}"], "p1", 5, 0.0)

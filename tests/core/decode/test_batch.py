@@ -1,11 +1,14 @@
 """The running batch of a decode instance: admission, several passes in one go, what is told when."""
 
+from math import inf
+
 import pytest
 
 from tests.core.build import capacity, close, offer, resend
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import AdmitRequest, Broken, Step
+from tetri.core.decode.batch import AIMED, EXPECTED, SOON
 from tetri.cost import Cost
 from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy import rules as tables
@@ -162,3 +165,57 @@ def test_a_full_batch_asks_nobody(asked):
     told.running("a", max_tokens=LONG)
     told.land("b", number=2, max_tokens=LONG)
     assert asked.in_step(told) == 0
+
+
+# ---------------------------------------------------------------- limits of latency
+
+STEPS = {"cost": Cost(decode=((1.0, 0.2),))}
+
+
+def slack(told, after=0.0):
+    """Of the batch, so long after now."""
+    return told.core.decode.batch.slack_s(told.now + after)
+
+
+def limited(*limits, tokens=2, **changes):
+    """Requests with these limits of TPOT, with so many tokens since their first one a moment ago."""
+    told = begin(**{**STEPS, **changes})
+    told.later(1.0)
+    for place, limit_s in enumerate(limits):
+        told.land(f"r{place}", number=place + 1, max_tokens=LONG, tpot_s=limit_s)
+    for _ in range(tokens - 1):
+        told.step()
+    return told
+
+
+def test_without_a_limit_a_step_may_take_any_time():
+    assert slack(begin()) == slack(limited(None)) == (inf, inf)
+
+
+def test_a_step_may_take_the_time_that_its_decodes_are_ahead():
+    told = limited(1.0)
+    ahead = 2 * AIMED * 1.0
+    assert slack(told) == (pytest.approx(ahead),) * 2
+    assert slack(told, 1.5) == (pytest.approx(ahead - 1.5),) * 2
+    assert slack(told, ahead - 0.1) == (inf, inf)  # its limit is lost, whatever the step takes
+    told.step()
+    assert slack(told) == (pytest.approx(ahead + AIMED),) * 2
+
+
+def test_of_many_decodes_the_one_that_is_least_ahead_counts():
+    told = limited(3.0, None, 2.0, 1.0)
+    assert [outputs for *_, outputs in told.holds()] == [5, 4, 3, 2]
+    assert slack(told) == (pytest.approx(2 * AIMED * 1.0 - 0.1),) * 2
+    assert slack(told, 2.0) == (pytest.approx(3 * AIMED * 2.0 - 2.1),) * 2  # the limit of the last one is lost
+
+
+def test_decodes_catch_up_with_what_they_usually_write_yet():
+    told = limited(1.0)
+    told.core.decode.forecast.ended(40)
+    gain = EXPECTED * 40 * (AIMED * 1.0 - 0.2)
+    ahead = 2 * AIMED
+    assert slack(told) == (pytest.approx(ahead + SOON * gain), pytest.approx(ahead + gain))
+    assert slack(told, 9.0) == (pytest.approx(ahead + SOON * gain - 9.0), pytest.approx(ahead + gain - 9.0))
+    slow = limited(1.0, cost=Cost(decode=((1.0, 0.99),)))  # steps take longer than what it aims at
+    slow.core.decode.forecast.ended(40)
+    assert slack(slow) == (pytest.approx(ahead),) * 2

@@ -6,7 +6,7 @@ import pytest
 from tests.core.build import capacity, close, decode_request, identity, offer, update_length
 from tests.core.driver import working
 from tetri.core.actions import Broken, Step
-from tetri.core.decode.load_forecast import LoadForecast
+from tetri.core.decode.load_forecast import LEARNED, LoadForecast
 from tetri.cost import CorrectedCost, Cost
 from tetri.policy.rules import Rules
 from tetri.request import Expected, LengthDistribution, LengthRange, Sampling
@@ -224,3 +224,17 @@ def test_an_end_that_tells_of_lengths_teaches(ends, ignore_eos, over, high):
     told.land(length=span(10, 20), number=99, **LONG)
     told.step(passes=19)
     assert left(told) == high - 1 - 20
+
+
+def test_how_long_outputs_usually_are_and_steps_take():
+    view = forecast()
+    assert (view.usual_output, view.step_s()) == (0.0, 0.0)
+    view.ended(10)
+    assert view.usual_output == 10.0
+    view.ended(30)
+    assert view.usual_output == pytest.approx(10 + LEARNED * 20)
+    for rid in ("a", "b", "c"):
+        view.enter(request(rid))
+    assert view.step_s() == pytest.approx(COST.decode_s(3, 3 * 8))  # also those that do not run yet
+    view.cost.correct(1.0, 2.0)
+    assert view.step_s() == pytest.approx(2 * COST.decode_s(3, 3 * 8))

@@ -6,6 +6,7 @@ from tests.core.build import capacity, chunk, offer, resend
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import AdmitRequest, Broken
+from tetri.cost import Cost
 from tetri.engine_request import Sampled, StepDone
 from tetri.policy.rules import Rules
 from tetri.wire.events import PeerUp
@@ -103,3 +104,27 @@ def test_if_nothing_runs_the_oldest_goes_whatever_the_policy_says():
     told.tell(offer("x", prompt=24, src="p2"))
     told.land("a", prompt=8, max_tokens=30)
     assert admitted(told.step()) == ["a"]
+
+
+@pytest.mark.parametrize(
+    "limits, share",
+    [
+        ([], 1.0),
+        ([None, None], 1.0),
+        ([0.25, None, 1.0, 0.5], 0.6),  # the one in the middle
+        ([0.1, 0.2], 0.0),
+        ([0.1, 0.1, 9.0], 0.0),  # less than its decodes take
+    ],
+)
+def test_the_share_of_its_time_that_decodes_leave_to_prompts(limits, share):
+    told = begin(capacity=capacity(blocks=40), reserve_share=1.0, cost=Cost(decode=((1.0, 0.2),)))
+    told.tell(*(offer(f"r{place}", 8, offer=place, tpot_s=limit_s) for place, limit_s in enumerate(limits, 1)))
+    assert told.load().share == pytest.approx(share) and told.load().step_s == (0.2 if limits else 0.0)
+
+
+def test_requests_that_have_ended_leave_all_time_to_prompts():
+    told = begin(cost=Cost(decode=((1.0, 0.2),)))
+    told.land(max_tokens=2, tpot_s=1e-9)
+    assert told.load().share == 0.0
+    told.step()
+    assert told.holds() == [("r", "done", 2)] and told.load().share == 1.0

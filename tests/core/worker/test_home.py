@@ -9,6 +9,7 @@ from tests.core.build import (
     close,
     flip,
     grant,
+    instance,
     membership,
     offer,
     refuse,
@@ -24,8 +25,10 @@ from tetri.core.actions import (
     RequestRejected,
     StayRequest,
 )
+from tetri.policy.rules import Rules
 from tetri.request import Stage
-from tetri.wire.handover import Grant
+from tetri.wire.handover import Grant, Offer
+from tetri.wire.load import Load
 from tetri.wire.messages import Failed, LoneStep, Proceed, Tokens
 
 ROOMY = {"capacity": capacity(blocks=40, context=100, max_batch=4), "slots": 30}
@@ -330,3 +333,31 @@ def test_a_suspect_is_computed_alone_before_and_after():
     assert ("a", "done", 6) in told.holds()
     told.tell(close("x"))
     clean(told)
+
+
+# ---------------------------------------------------------------- where an adaptive instance lets its prompts decode
+
+
+@pytest.mark.parametrize("role, stays", [("auto", True), ("mixed", False)])
+def test_an_adaptive_instance_keeps_its_prompts_though_another_one_has_more_memory(role, stays):
+    told = working("m1", "d1", role=role, rules=Rules(decode_route="adaptive"), **ROOMY)
+    told.view(d1=1000)
+    told.tell(assign("a", prompt=12, max_tokens=4))
+    actions = told.step()
+    assert bool(only(actions, StayRequest)) is stays and bool(sent(actions, "d1", Offer)) is not stays
+
+
+@pytest.mark.parametrize("before, now", [("auto", "mixed"), ("mixed", "auto")])
+def test_after_a_flip_the_rule_of_the_new_role_holds(before, now):
+    told = working("m1", "d1", role=before, rules=Rules(decode_route="adaptive"), **ROOMY)
+    told.view(d1=1000)
+    told.tell(flip(now), assign("a", prompt=12, max_tokens=4))
+    assert bool(only(told.step(), StayRequest)) is (now == "auto")
+
+
+def test_an_adaptive_instance_without_memory_offers_its_prompt_to_the_shorter_step():
+    others = (instance(iid, "decode", capacity=ROOMY["capacity"]) for iid in ("d1", "d2"))
+    told = working("m1", *others, role="auto", rules=Rules(decode_route="adaptive"), **ROOMY)
+    told.view(d1=Load(free_blocks=90, step_s=0.2), d2=Load(free_blocks=90, step_s=0.1))
+    told.tell(assign("a", prompt=60, max_tokens=8, siblings=["b"]))  # 15 of 40 blocks, and two copies
+    assert [each.rid for each in sent(told.step(), "d2", Offer)] == ["a"]

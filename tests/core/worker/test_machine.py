@@ -135,8 +135,8 @@ class WorkerUnderFire(RuleBasedStateMachine):
                 self.stays = {prefill: decode for prefill, decode in self.stays.items() if key not in (prefill, decode)}
                 here = self.requests
                 self.granted = {rid: made for rid, made in self.granted.items() if any(k in here for k in _keys(made))}
-            case say.AdmitRequest(key, token):
-                self.engine.admit(key, token)
+            case say.AdmitRequest(key, token, further):
+                self.engine.admit(key, token, further)
                 self.written[key] = len(self.requests[key].tokens) - self.requests[key].output_from + 1
             case say.StayRequest(key, decode_key):
                 assert key in self.requests and decode_key not in self.requests

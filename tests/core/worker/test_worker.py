@@ -8,7 +8,7 @@ from tests.core.driver import working
 from tests.core.reading import added, kinds, only, sent
 from tetri.core import actions as say
 from tetri.core.actions import BROKER, Broken
-from tetri.core.worker.worker import MOST_UNKNOWN
+from tetri.core.worker.unlisted import MOST_UNLISTED
 from tetri.engine_request import StepDone
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Grant, Offer
@@ -135,10 +135,10 @@ def test_what_an_instance_says_that_no_roster_has_told_of_waits_for_the_next(unk
 
 def test_of_too_many_early_messages_the_oldest_are_forgotten():
     told = working("d1")
-    for number in range(MOST_UNKNOWN + 1):
+    for number in range(MOST_UNLISTED + 1):
         told.tell(offer(f"r{number}", prompt=4, src="p3", offer=number + 1))
     answers = sent(told.meet(apart=["p3"]), "p3")
-    assert len(answers) == MOST_UNKNOWN and answers[0].rid == "r1"
+    assert len(answers) == MOST_UNLISTED and answers[0].rid == "r1"
     assert not sent(told.meet(apart=["p3"]), "p3")
 
 

@@ -10,6 +10,7 @@ from vllm_process import BLOCK_BYTES, EngineProcess, arguments
 
 from tests.engine.contract import CAPACITY, EngineContract
 from tests.engine.driving import adopt_all, computed, engine_request, prompt, run
+from tests.engine.move_contract import MoveContract
 from tetri.engine_request import StepDone
 from tetri.kv.base import Block, parts
 from tetri.request import Sampling
@@ -56,7 +57,7 @@ def texts() -> dict:
     return {}
 
 
-class TestContract(EngineContract):
+class TestContract(EngineContract, MoveContract):
     @pytest.fixture
     def engine(self, small) -> Iterator[Near]:
         made = Near(small)

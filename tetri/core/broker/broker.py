@@ -45,7 +45,18 @@ from tetri.wire.clients import (
     Status,
 )
 from tetri.wire.events import PeerDown, PeerUp
-from tetri.wire.messages import ClusterView, Failed, FlipWanted, FromWorker, Heartbeat, LoneStep, Ready, Staged, Tokens
+from tetri.wire.messages import (
+    ClusterView,
+    Failed,
+    FlipWanted,
+    FromWorker,
+    Heartbeat,
+    LoneStep,
+    NotMigrated,
+    Ready,
+    Staged,
+    Tokens,
+)
 
 VIEW = ("view", "")
 SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
@@ -74,8 +85,8 @@ class Broker:
         self.costs = Costs(cost, chunk_tokens)
         self.limiter = Limiter(slo, self.costs.cost, chunk_tokens)
         self.observer = Observer(epoch, limits.timelines_mib)
-        self.table = Table(self.observer.moved)
         self.members = Members(epoch)
+        self.table = Table(self.observer.moved, self.members.recount)
         self.delivery = Delivery(self.table, limits, rng, self.observer)
         self.timers: Timers[tuple[str, str]] = Timers()
         self.counters: Counter[str] = Counter()
@@ -107,7 +118,7 @@ class Broker:
             case ClusterView():
                 self.seen = (event, now)
                 self.members.viewed(event)
-                return []
+                return self.lifecycle.migrations.plan(event, now)
             case PeerUp():
                 return self._up(event.peer, now)
             case PeerDown():
@@ -144,9 +155,11 @@ class Broker:
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""
         self.table.check()
+        self.members.check(self.table.work_ns)
         self.delivery.connections.check(self.table)
         self.flips.check()
         self.pair_checks.check()
+        self.lifecycle.migrations.check()
         self.observer.timelines.check(self.table.choices.values())
         for choice in self.table.active():
             placed = self.members.by_iid.get(choice.holder) if choice.holder else None
@@ -238,13 +251,14 @@ class Broker:
                 member.slots_used, member.predictor = event.slots_used, event.predictor
                 member.unread_by, member.step_ratio = event.unread_by, event.step_ratio
                 self.costs.compare(member)
+                self.members.recount(member.iid)
                 member.activity = event.activity
                 self.observer.traced(event, member, self.table.choices, now)
                 self.pair_checks.unread(event.iid, event.unread_by)
                 flipped = self.flips.role_reported(member, event.role, now, event.flip)
                 actions += [*flipped, *self.lifecycle.place_waiting(now)] if flipped else ()
                 actions += self.lifecycle.reconcile(event, now)
-            case Staged() | Failed():
+            case Staged() | Failed() | NotMigrated():
                 actions += self.lifecycle.moved(event, now)
             case LoneStep():
                 actions += self.lifecycle.lone_step(event, member, now)

@@ -9,7 +9,9 @@ from tetri.core.actions import Action, Send
 from tetri.core.broker.closes import Closes
 from tetri.core.broker.costs import Costs
 from tetri.core.broker.delivery import Delivery
+from tetri.core.broker.groups import given_up_together, sharing_a_prefill
 from tetri.core.broker.membership import Member, Members
+from tetri.core.broker.migrations import Migrations
 from tetri.core.broker.observer import StepTokens
 from tetri.core.broker.readiness import PairChecks
 from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Choice, Request
@@ -29,7 +31,19 @@ from tetri.policy.breaker import Breaker
 from tetri.policy.rules import PREFILL_ROUTES, Rules
 from tetri.request import Stage
 from tetri.wire.handover import Sibling
-from tetri.wire.messages import Assign, Close, Failed, Heartbeat, LoneStep, Proceed, Resend, Staged, TokenItem, Tokens
+from tetri.wire.messages import (
+    Assign,
+    Close,
+    Failed,
+    Heartbeat,
+    LoneStep,
+    NotMigrated,
+    Proceed,
+    Resend,
+    Staged,
+    TokenItem,
+    Tokens,
+)
 
 BY_ITSELF = ("stop", "length")  # end reasons that come from the output itself, not from outside
 LONGEST_S = 10.0  # the longest pause between two requests that try a failing prefill instance again
@@ -62,6 +76,7 @@ class Lifecycle:
         self.costs = costs
         self.closes = Closes(members)
         self.pair_checks = PairChecks(members, self.closes, self.limits.ready_s)
+        self.migrations = Migrations(rules.migrate, self.table, members, self.observer, self.closes, counters)
         self._route = PREFILL_ROUTES[rules.prefill_route]
         self.breaker = Breaker(self.rng, LONGEST_S)
         self._probes = 0
@@ -86,7 +101,7 @@ class Lifecycle:
                     self.timers.set(("patience", choice.id), now + self.limits.patience_s)
             return []
         iid = allowed.iids[column]
-        pool.last = pool.iids.index(iid)
+        pool.last = column if allowed is pool else pool.iids.index(iid)
         if iid in self.breaker.failing:
             self._probes += 1
             self.breaker.probe(iid, self._probes)
@@ -126,7 +141,7 @@ class Lifecycle:
     def _place_all(self, choices: Iterable[Choice], now: float) -> list[Action]:
         """Place choices, those of a request that have no output together, if a decode instance can take so many."""
         actions: list[Action] = []
-        for group in _groups(each for each in choices if each.reason is None and not each.request.accused):
+        for group in sharing_a_prefill(each for each in choices if each.reason is None and not each.request.accused):
             alone = len(group) > 1 and self.members.too_many(len(group[0].request.prompt), len(group))
             for part in [[choice] for choice in group] if alone else [group]:
                 actions += self.place(part, now)
@@ -144,9 +159,9 @@ class Lifecycle:
                 continue
             self._probed(choice)
             actions += self.close(choice)
-            if choice.attempt - choice.not_counted >= most or choice.attempt >= MOST_LOST * most:
+            if choice.attempts - choice.not_counted >= most or choice.attempts >= MOST_LOST * most:
                 not_counted = f" ({choice.not_counted} lost with their workers)" if choice.not_counted else ""
-                given_up = f"given up after {choice.attempt} attempts{not_counted}: {why}"
+                given_up = f"given up after {choice.attempts} attempts{not_counted}: {why}"
                 actions += self.end(choice, "error", now, given_up)
                 continue
             self.counters["restarts"] += 1
@@ -172,10 +187,12 @@ class Lifecycle:
     def close(self, choice: Choice) -> list[Action]:
         """Tell both workers to drop the choice. If it ended by itself, they also get its output length to learn
         from, unless `ignore_eos` fixed that length."""
-        holders = dict.fromkeys(iid for iid in (choice.prefill, choice.decode) if iid is not None)
+        moves_to = None if choice.move is None else choice.move.to
+        self.migrations.over(choice)
+        holders = dict.fromkeys(iid for iid in (choice.prefill, choice.decode, moves_to) if iid is not None)
         learn = choice.reason in BY_ITSELF and not choice.sampling.ignore_eos
         outputs = len(choice.output) if learn else 0
-        close = Close(rid=choice.id, attempt=choice.attempt, outputs=outputs, reason=choice.reason or "")
+        close = Close(rid=choice.id, attempt=choice.newest, outputs=outputs, reason=choice.reason or "")
         return [self.closes.send(iid, close) for iid in holders]
 
     def _not_held(self, missing: list[Choice], iid: str, read: int, now: float) -> list[Action]:
@@ -186,13 +203,13 @@ class Lifecycle:
         # Else it may still be on its way.
         again = [each for each in missing if each not in lost and each.assigned_after < read]
         restarted = self.restart(lost, "not_held", f"{iid} does not hold it any more", now)
-        return [*restarted, *(self.assign(group, now) for group in _groups(again))]
+        return [*restarted, *(self.assign(group, now) for group in sharing_a_prefill(again))]
 
     def restart_all(self, lost: Member, reason: str, why: str, now: float) -> list[Action]:
         """Restart every choice that a lost worker held, except those of a request that has killed it: that one ends."""
         self.closes.forget(lost.iid)
         self.breaker.failing.pop(lost.iid, None)  # it may be well when it comes back
-        actions = self.pair_checks.forget(lost.iid)
+        actions = [*self.pair_checks.forget(lost.iid), *self.migrations.lost(lost.iid)]
         held = [*self.table.held_by(lost.iid).values()]
         return [*actions, *self._restart_lost(held, lost, reason, why, now)]
 
@@ -232,10 +249,10 @@ class Lifecycle:
         lost = self.members.by_iid.get(event.lost)
         if lost is None:
             why = f"{event.lost} was lost"
-            return self.restart(_sharing(choice), "kv_lost", why, now) if isinstance(event, Failed) else []
+            return self.restart(given_up_together(choice), "kv_lost", why, now) if isinstance(event, Failed) else []
         if isinstance(event, Failed) or len(choice.request.deaths) + 1 >= SUSPECT_DEATHS:
             why = f"{event.lost} was lost with its KV"
-            return self._restart_lost(_sharing(choice), lost, "kv_lost", why, now)
+            return self._restart_lost(given_up_together(choice), lost, "kv_lost", why, now)
         count(choice.request, lost.iid, lost.instance.incarnation)
         return []
 
@@ -319,6 +336,8 @@ class Lifecycle:
         """Add the output tokens that `iid` reports to their choice. Appends to `actions`, since this runs for every
         token of every request."""
         choice = self.table.choices.get(item.rid)
+        if choice and choice.move is not None:
+            actions += self.migrations.landed(item.rid, item.attempt, iid, now)
         if not choice or choice.attempt != item.attempt or choice.reason is not None or not choice.prefill:
             actions += self.pair_checks.tokens(item, iid, now)  # as `_reported`, without a call
             return
@@ -360,13 +379,17 @@ class Lifecycle:
         actions += self.stage(choice, Stage.DECODE, iid, now)
         return choice.decode == iid
 
-    def moved(self, event: Staged | Failed, now: float) -> list[Action]:
-        """A worker reports that a choice has entered a stage, or cannot go on there."""
+    def moved(self, event: Staged | Failed | NotMigrated, now: float) -> list[Action]:
+        """A worker reports that a choice has entered a stage, or cannot go on there, or elsewhere."""
+        lands = isinstance(event, Staged) and event.stage in ON_DECODER
+        actions = self.migrations.landed(event.rid, event.attempt, event.iid, now) if lands else []
         choice = self._reported(event.rid, event.attempt)
+        if isinstance(event, NotMigrated):
+            return [] if choice is None else self.migrations.not_migrated(event, choice, now)
         if choice is None:
             return self.pair_checks.moved(event, now)
         if isinstance(event, Staged) and not event.lost:
-            return self.stage(choice, event.stage, event.iid, now)
+            return [*actions, *self.stage(choice, event.stage, event.iid, now)]
         if choice.holder != event.iid:
             return []  # another instance holds the choice by now
         if event.lost:
@@ -382,7 +405,7 @@ class Lifecycle:
                 self.observer.happened("failing", event.iid, event.why, now)
             self.breaker.failed(event.iid, choice.probe, event.why, now)
         reason = "kv_unread" if event.avoid else "given_up"
-        return self.restart(_sharing(choice), reason, event.why, now)
+        return self.restart(given_up_together(choice), reason, event.why, now)
 
     def reconcile(self, heartbeat: Heartbeat, now: float) -> list[Action]:
         """Compare the choices in a worker's heartbeat, if it lists them, with the request table and repair every
@@ -394,7 +417,11 @@ class Lifecycle:
         self.closes.read(iid, read)
         held: dict[str, None] = {}
         for hold in heartbeat.holds:
+            if hold.stage is Stage.DONE or hold.stage in ON_DECODER:
+                actions += self.migrations.landed(hold.rid, hold.attempt, iid, now)
             choice = self._reported(hold.rid, hold.attempt)
+            if choice is None and self.migrations.awaits(hold, iid):
+                continue
             if choice is None:
                 actions += [] if self.pair_checks.held(hold, iid, now) else self.closes.repeat(iid, hold)
                 continue
@@ -404,6 +431,7 @@ class Lifecycle:
                 continue
             if hold.stage in ON_DECODER and hold.stage is not choice.stage:
                 actions += self.stage(choice, hold.stage, iid, now)
+            actions += self.migrations.held(choice, hold, iid)
             if hold.outputs > len(choice.output) or hold.stage is Stage.DONE:
                 actions.append(self.resend(choice, iid))
         assigned = self.table.held_by(iid).items()
@@ -420,19 +448,3 @@ class Lifecycle:
         """The open choice of a worker's report; None if it or this attempt is over, or no worker is assigned."""
         choice = self.table.choices.get(rid)
         return choice if choice and choice.attempt == attempt and choice.reason is None and choice.prefill else None
-
-
-def _groups(choices: Iterable[Choice]) -> list[list[Choice]]:
-    """The choices by the prefill that they can share: those of one request without output, each other one alone."""
-    groups: dict[tuple[str, int], list[Choice]] = {}
-    for choice in choices:
-        groups.setdefault((choice.request.rid, choice.index + 1 if choice.output else 0), []).append(choice)
-    return [*groups.values()]
-
-
-def _sharing(choice: Choice) -> list[Choice]:
-    """The choices that are given up with this one: without output, those of the request that wait for the prefill of
-    the same instance. Its worker reports each of them."""
-    if choice.output or choice.holder != choice.prefill:
-        return [choice]
-    return [each for each in choice.request.choices if each.holder == choice.prefill and not each.output]

@@ -7,7 +7,7 @@ from bisect import bisect_left
 from dataclasses import dataclass, field, replace
 from math import inf
 
-from tetri.core.actions import Action, Connect, Disconnect, Send
+from tetri.core.actions import Action, Broken, Connect, Disconnect, Send
 from tetri.core.broker.clock_offset import ClockOffset
 from tetri.core.broker.compatibility import Compatibility, Found, compatible_pairs
 from tetri.instance import Capacity, Instance
@@ -75,6 +75,8 @@ class Members:
         self._sorted = False  # the pools are up to date
         self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
+        self._columns: list[dict[str, int]] = []  # of each pool: iid -> column
+        self._recounted: dict[str, None] = {}  # instances whose queues in the pools are out of date
         self._shares: dict[str, float] = {}  # as of the newest view
         self._decodes: dict[str, int] = {}
         self._decoders: list[Capacity] = []  # of the live ones
@@ -209,12 +211,31 @@ class Members:
         index = bisect_left(self._limits, tokens)
         if index == len(self._limits):
             return EMPTY_POOL
-        pool = self._pools[index]
-        pool.queued_s[:] = [1e-9 * work_ns.get(iid, 0) * self.by_iid[iid].slowness for iid in pool.iids]
-        if not pool.share:
-            pool.share = [self._shares.get(iid, 1.0) for iid in pool.iids]
-            pool.decodes = [self._decodes.get(iid, 0) for iid in pool.iids]
-        return pool
+        if self._recounted:
+            self._count_work(work_ns)
+        return self._pools[index]
+
+    def recount(self, iid: str) -> None:
+        """The work assigned to an instance, or its slowness, has changed."""
+        self._recounted[iid] = None
+
+    def _count_work(self, work_ns: dict[str, int]) -> None:
+        """Update the queues that have changed: a request must not cost more, the more instances there are."""
+        for iid in self._recounted:
+            for pool, columns in zip(self._pools, self._columns, strict=True):
+                if iid in columns:
+                    pool.queued_s[columns[iid]] = self._queued_s(iid, work_ns)
+        self._recounted = {}
+
+    def _queued_s(self, iid: str, work_ns: dict[str, int]) -> float:
+        return 1e-9 * work_ns.get(iid, 0) * self.by_iid[iid].slowness
+
+    def check(self, work_ns: dict[str, int]) -> None:
+        """Raise Broken when a queue in a pool is out of date and nobody has said so."""
+        for pool in self._pools if self._sorted else ():
+            for iid, queued_s in zip(pool.iids, pool.queued_s, strict=True):
+                if iid not in self._recounted and queued_s != self._queued_s(iid, work_ns):
+                    raise Broken(f"{iid} counts with {queued_s} s of work, but has {self._queued_s(iid, work_ns)} s")
 
     def viewed(self, view: ClusterView) -> None:
         """Apply a new view: how much of its time prefill gets on each adaptive instance, and its decodes."""
@@ -224,7 +245,16 @@ class Members:
             iid: 0 if iid in view.keeps else 1 + load.running + load.waiting for iid, load in loads.items()
         }
         for pool in self._pools:
-            pool.share = []
+            self._share(pool)
+
+    def _share(self, pool: PrefillPool) -> None:
+        """Set what the newest view says of the adaptive instances of a pool: once a view, not once a request."""
+        groups: dict[int, list[int]] = {}
+        if self._shares:
+            for column, iid in enumerate(pool.iids):
+                groups.setdefault(self._decodes.get(iid, 0), []).append(column)
+        pool.share = [self._shares.get(iid, 1.0) for iid in pool.iids]
+        pool.groups = [groups[decodes] for decodes in sorted(groups)]
 
     def too_long(self, prompt: int, total: int) -> str | None:
         """Why no live instance can hold a request of `prompt` prompt tokens and `total` tokens; None if one can."""
@@ -295,6 +325,10 @@ class Members:
         self._limits = sorted({limit: None for limit, _ in able})
         pools = ([iid for limit, iid in able if limit >= least] for least in self._limits)
         self._pools = [PrefillPool(iids, [0.0] * len(iids)) for iids in pools]
+        self._columns = [{iid: column for column, iid in enumerate(pool.iids)} for pool in self._pools]
+        self._recounted = dict.fromkeys(self.by_iid)
+        for pool in self._pools:
+            self._share(pool)
         self._sorted = True
 
     # ------------------------------------------------------------ status

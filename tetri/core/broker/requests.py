@@ -12,7 +12,7 @@ from hmac import compare_digest
 from tetri.core.actions import Broken, Submitted
 from tetri.core.broker.logprobs import Logprobs
 from tetri.core.broker.outbox import Outbox
-from tetri.request import AskedSampling, Receipt, Sampling, Slo, Stage, Token, TokenLogprob, choice_id, token_ids
+from tetri.request import AskedSampling, Receipt, Sampling, Slo, Stage, Token, TokenLogprob, Value, choice_id, token_ids
 from tetri.wire.messages import End
 from tetri.wire.packed_timelines import Moved, ReportedEvent, Steps
 
@@ -110,6 +110,13 @@ class Trace:
         self.left_out = 0
 
 
+class Move(Value, frozen=True):
+    """Where a running choice is to go on, and the attempt that it is there."""
+
+    to: str
+    attempt: int
+
+
 @dataclass(slots=True, eq=False)
 class Choice:
     """One output of a request, which workers know by its `id`. `prefill` and `decode` are the instances of the current
@@ -125,6 +132,9 @@ class Choice:
     stage: Stage = Stage.QUEUED
     stage_at: float = field(init=False)
     attempt: int = 1
+    newest: int = 1  # the last attempt that was ever begun, here or by a move
+    moved: int = 0  # attempts up to this one that were moves, whatever came of them: no attempts of their own
+    move: Move | None = None
     probe: int = 0  # above 0: this attempt tries a failing prefill instance again (Lifecycle.breaker)
     not_counted: int = 0  # attempts that do not count towards `max_attempts`: their worker was lost
     prefill: str | None = None
@@ -156,6 +166,11 @@ class Choice:
     def holder(self) -> str | None:
         """The instance that must hold the choice: the prefill instance until all KV has landed at the decode one."""
         return self.decode if self.stage in ON_DECODER else self.prefill
+
+    @property
+    def attempts(self) -> int:
+        """How often the choice has been tried. A move is no other try."""
+        return self.attempt - self.moved
 
     @property
     def computing(self) -> str | None:
@@ -198,7 +213,7 @@ class Choice:
         prompt_tokens, prefill, decode = len(self.request.prompt), self.prefill, self.decode
         own = Receipt(prompt_tokens=prompt_tokens, prefill_instance=prefill, decode_instance=decode)
         return (own if self.end is None else self.end.receipt).changed(
-            attempts=self.attempt, continued=self.continued
+            attempts=self.attempts, continued=self.continued
         )
 
 
@@ -211,12 +226,12 @@ class Table:
     `unplaced`: open choices without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
     nanoseconds of prefill by instance, of all choices assigned to it that have no token of this attempt yet; an
     instance without such work is not in it. `moved` is called whenever a choice has entered a stage or has got another
-    holder. `weight`: the memory of all requests, in bytes. An open choice counts with
-    all the output that it may still get, so the broker never needs more than it has accepted; an ended one with what it
-    has."""
+    holder, `recount` whenever the work of an instance has changed. `weight`: the memory of all requests, in bytes. An
+    open choice counts with all the output that it may still get, so the broker never needs more than it has accepted;
+    an ended one with what it has."""
 
-    def __init__(self, moved: Callable[[Choice, float], None]) -> None:
-        self.moved = moved
+    def __init__(self, moved: Callable[[Choice, float], None], recount: Callable[[str], None]) -> None:
+        self.moved, self.recount = moved, recount
         self.requests: dict[str, Request] = {}
         self.choices: dict[str, Choice] = {}
         self.keys: dict[str, str] = {}  # client's key -> rid
@@ -282,9 +297,17 @@ class Table:
         choice.decode = iid
         self._list(choice)
 
+    def migrate(self, choice: Choice, iid: str, attempt: int, now: float) -> None:
+        """Let a choice go on at another decode instance, as this attempt."""
+        choice.moved += attempt - choice.attempt
+        choice.attempt, choice.decode = attempt, iid
+        self._list(choice)
+        self.moved(choice, now)
+
     def start_over(self, choice: Choice, now: float) -> None:
         """Begin another attempt, which no instance holds yet."""
-        choice.attempt += 1
+        choice.moved += choice.newest - choice.attempt
+        choice.attempt = choice.newest = choice.newest + 1
         choice.continued = len(choice.output)
         choice.prefill = choice.decode = None
         self.move(choice, Stage.QUEUED, now)
@@ -338,8 +361,10 @@ class Table:
             self.work_ns[choice.counted] -= choice.work_ns
             if not self.work_ns[choice.counted]:
                 del self.work_ns[choice.counted]
+            self.recount(choice.counted)
         if iid is not None:
             self.work_ns[iid] = self.work_ns.get(iid, 0) + choice.work_ns
+            self.recount(iid)
         choice.counted = iid
 
     # ------------------------------------------------------------ invariants

@@ -68,11 +68,12 @@ def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:
     columns = [column for column, iid in enumerate(pool.iids) if iid not in iids] if iids else []
     if not columns:
         return pool
+    new = {column: place for place, column in enumerate(columns)}
     return PrefillPool(
         iids=[pool.iids[column] for column in columns],
         queued_s=[pool.queued_s[column] for column in columns],
         share=[pool.share[column] for column in columns],
-        decodes=[pool.decodes[column] for column in columns],
+        groups=[kept for group in pool.groups if (kept := [new[column] for column in group if column in new])],
         ttft_s=pool.ttft_s,
-        last=columns.index(pool.last) if pool.last in columns else -1,
+        last=new.get(pool.last, -1),
     )

@@ -140,7 +140,7 @@ def _facts(choice: Choice) -> Facts:
     request, trace = choice.request, choice.trace
     return Facts(
         *(request.rid, choice.index, len(request.choices), request.arrival, choice.first_at, choice.tpot_s),
-        *(len(request.prompt), len(choice.output), choice.attempt, choice.stage, choice.outbox.done),
+        *(len(request.prompt), len(choice.output), choice.attempts, choice.stage, choice.outbox.done),
         *(([], [], 0) if trace is None else (trace.moves, trace.events, trace.left_out)),
         request.slo,
     )

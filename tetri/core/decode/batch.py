@@ -23,6 +23,7 @@ from tetri.wire.messages import End, TokenItem
 
 AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
 EXPECTED = 0.5  # of the usual output: tokens that a running request is expected to write yet
+GAIN = 0.0
 SOON = 0.1  # of those: in which it may catch up even when no prompt is late
 Ended = list[tuple[DecodeRequest, End]]
 
@@ -32,6 +33,7 @@ class Batch:
 
     landed      wait for admission
     running     are in the batch
+    stopped     go on at another instance, and are out of the batch until that has them (migration.py)
     preempted   those of `running` whose KV the engine must still recompute after a preemption
     lone        the request that the next step must compute alone: the next to be admitted, or in the batch since such a
                 step; None if there is none
@@ -42,6 +44,7 @@ class Batch:
         self.own, self.ledger, self.forecast, self.activity = own, ledger, forecast, activity
         self.landed: dict[str, DecodeRequest] = {}
         self.running: dict[str, DecodeRequest] = {}
+        self.stopped: dict[str, DecodeRequest] = {}
         self.preempted: dict[str, DecodeRequest] = {}
         self.lone: DecodeRequest | None = None
         self.held: list[str] = []
@@ -54,22 +57,36 @@ class Batch:
 
     # ------------------------------------------------------------ membership
 
-    def land(self, request: DecodeRequest, token: Token) -> None:
-        """Add a request whose KV has all landed. The prefill instance has already sent `token`, its first output token,
-        to the broker."""
+    def land(self, request: DecodeRequest, tokens: Sequence[Token]) -> None:
+        """Add a request whose KV has all landed. The sender has already sent `tokens`, its output of this attempt, to
+        the broker."""
         self._landings += 1
         request.landed_as = self._landings
         request.first_at = request.first_at or self.activity.now
-        request.tokens.append(token)
-        request.sent = 1
-        self.forecast.wrote(1)
+        request.tokens += tokens
+        request.sent = len(tokens)
+        self.forecast.wrote(len(tokens))
+        self.forecast.look(request)
         self.landed[request.key] = request
         self._changed, self._kept_free = True, None
+
+    def stop(self, request: DecodeRequest) -> None:
+        """Take a running request out of the batch. It keeps its memory."""
+        self.stopped[request.key] = self.running.pop(request.key)
+        request.running = False
+        self._changed, self._steps_left, self._kept_free = True, 0, None
+
+    def go_on(self, request: DecodeRequest) -> None:
+        """Bring a stopped request back into the batch."""
+        self.running[request.key] = self.stopped.pop(request.key)
+        request.running = True
+        self._set_mark(request)
+        self._steps_left, self._kept_free = 0, None
 
     def leave(self, request: DecodeRequest) -> None:
         """Remove a request that has ended or was cancelled."""
         request.running = False
-        for requests in (self.landed, self.running, self.preempted):
+        for requests in (self.landed, self.running, self.stopped, self.preempted):
             requests.pop(request.key, None)
         if self.lone is request:
             self.lone = None
@@ -89,7 +106,7 @@ class Batch:
         free, larger = self._asked
         if not (alone or self._changed or self.ledger.free > free or most > larger):
             return []
-        keys = self._ask_policy(most) if len(self.running) < most else []
+        keys = self._choose(most - len(self.running), most) if len(self.running) < most else []
         if not keys and alone:
             keys = [next(iter(self.landed))]
         shared = list(takewhile(lambda key: not self.landed[key].alone, keys))
@@ -100,6 +117,11 @@ class Batch:
         self._changed, self._steps_left, self._asked = len(shared) < len(keys), 0, (self.ledger.free, most)
         self._kept_free = None
         return [self.running[key] for key in shared]
+
+    def _choose(self, count: int, most: int) -> list[str]:
+        """Return up to `count` landed requests to admit: first those that ran elsewhere until now."""
+        ran = [key for key, request in self.landed.items() if request.offer.receipt is not None]
+        return [*dict.fromkeys([*ran, *self._ask_policy(most)])][:count] if ran else self._ask_policy(most)
 
     def _admit(self, request: DecodeRequest) -> None:
         self.running[request.key] = self.landed.pop(request.key)
@@ -170,7 +192,7 @@ class Batch:
             if request.offer.tpot_s is not None:
                 tpot_s = AIMED * request.offer.tpot_s
                 ahead = request.first_at - now + len(request.tokens) * tpot_s
-                gain = more * max(tpot_s - step_s, 0.0)
+                gain = more * max(tpot_s - step_s, GAIN * tpot_s)
                 if ahead + gain >= step_s:
                     soon, later = min(soon, ahead + SOON * gain), min(later, ahead + gain)
         return soon, later
@@ -292,8 +314,9 @@ class Batch:
                 raise Broken(f"{key} has {tokens} tokens and is to be looked at when it has {request.mark}")
         if self.lone is not None and self.lone not in (*self.landed.values(), *self.running.values()):
             raise Broken(f"{self.lone.key} has its turn and is not there")
-        if any(request.running or not request.landed_as or request.end for request in self.landed.values()):
-            raise Broken(f"not all of {list(self.landed)} wait for admission")
+        for request in (*self.landed.values(), *self.stopped.values()):
+            if request.running or not request.landed_as or request.end:
+                raise Broken(f"{request.key} neither waits for admission nor has it stopped")
         if any(self.running.get(key) is not request for key, request in self.preempted.items()):
             raise Broken(f"not all of {list(self.preempted)} are in the batch")
 

@@ -130,6 +130,8 @@ class HandOvers:
             )
             for place, choice in enumerate(choices)
         }
+        if message.receipt is not None:  # it has its first token already
+            requests[0].first_at = self.batch.activity.now - message.decoded_s
         return HandOver(key, message, flow, requests), None
 
     def _enter(self, hand_over: HandOver) -> None:
@@ -166,11 +168,13 @@ class HandOvers:
         offer = hand_over.offer
         self.deferred.leave(hand_over)
         self.moving[hand_over.key] = hand_over
-        tokens, actions = (*offer.prompt, *offer.output), list[Action]()
+        tokens, actions = tuple(offer.tokens), list[Action]()
         for key, request in zip(hand_over.engine_keys(), hand_over.requests.values(), strict=True):
             self.requests[key] = self.unallocated[key] = request
-            sampling = request.offer.sampling
-            actions.append(AddRequest(EngineRequest(key, "decode", tokens, len(offer.prompt), sampling)))
+            engine_request = EngineRequest(
+                *(key, "decode", tokens, len(offer.prompt), request.offer.sampling), ahead=offer.ahead
+            )
+            actions.append(AddRequest(engine_request))
         return [*actions, self._answer(Grant, offer)]
 
     def expire(self, now: float) -> list[Action]:
@@ -251,10 +255,11 @@ class HandOvers:
         hand_over.landed, shares = True, False
         actions: list[Action] = []
         for place, request in hand_over.requests.items():
-            token = hand_over.tokens[place]
-            assert token is not None
+            token = None if hand_over.written else hand_over.tokens[place]
+            tokens = hand_over.written if token is None else [token]
+            assert tokens
             request.shares, shares = shares, True
-            self.batch.land(request, token)
+            self.batch.land(request, tokens)
             actions.append(staged(self.own, request, Stage.WAITING))
         return actions
 
@@ -399,7 +404,9 @@ class HandOvers:
             if hand_over.key not in self.deferred:
                 self._check_place(hand_over, request)
         landed = sum(hand_over.landed for hand_over, _ in open_choices)
-        if landed != len(self.batch.landed) + len(self.batch.running) or self.moving.keys() - self.by_key.keys():
+        batch = self.batch
+        held = len(batch.landed) + len(batch.running) + len(batch.stopped)
+        if landed != held or self.moving.keys() - self.by_key.keys():
             raise Broken("requests that are gone are still counted")
         self.deferred.check()
         self.kv_receive.check(self.moving.values())
@@ -410,10 +417,11 @@ class HandOvers:
         batch, moving = self.batch, hand_over.key in self.moving
         if (request.key in self.ledger) is hand_over.stays:
             raise Broken(f"{request.key} has no account, or two")
-        places = [place for place in (batch.landed, batch.running) if request.key in place]
-        expected = [batch.running] if request.running else [batch.landed] if hand_over.landed else []
+        places = [place for place in (batch.landed, batch.running, batch.stopped) if request.key in place]
+        running = request.running == (request.key in batch.running)
         unallocated = request.key in self.unallocated
-        if places != expected or moving == hand_over.landed or unallocated == request.allocated:
+        right = running and len(places) == hand_over.landed
+        if not right or moving == hand_over.landed or unallocated == request.allocated:
             raise Broken(f"{request.key} is not where a request in {request.stage} belongs")
         if moving and hand_over.ready != all(each.allocated for each in hand_over.requests.values()):
             raise Broken(f"{hand_over.key} has its blocks and is not fetched, or the reverse")

@@ -69,7 +69,10 @@ class KVReceive:
     def announced(self, chunk: Chunk, hand_over: HandOver) -> str | None:
         """Add a new chunk to its hand-over. Return why it cannot belong to the offer, or None."""
         flow = hand_over.flow
-        wrong = flow.obstacle(chunk, 1 + len(hand_over.offer.siblings))
+        if chunk.written and not flow.ends(hand_over.offer, chunk):
+            self.counters["misfit"] += 1
+            return "the chunk does not fit its offer: it has too few tokens, or too many"
+        wrong = flow.obstacle(chunk, 0 if hand_over.offer.receipt is not None else 1 + len(hand_over.offer.siblings))
         if wrong is not None:
             self.counters[wrong[0]] += 1
             return wrong[1]
@@ -77,6 +80,7 @@ class KVReceive:
             self.counters["reordered"] += 1
         flow.announce(chunk)
         hand_over.tokens = chunk.tokens or hand_over.tokens
+        hand_over.written = chunk.written or hand_over.written
         return None
 
     # ------------------------------------------------------------ fetches

@@ -50,11 +50,22 @@ class KVInflow:
             return "truncated", f"the chunk does not fit its offer: {blocks} blocks in {len(chunk.handle.slots)} slots"
         inside = 0 <= chunk.start < chunk.stop <= self.blocks and len(chunk.handle.slots) == blocks
         alone = all(chunk.stop <= start or stop <= chunk.start for start, stop in self.ranges.values())
-        goes_on = chunk.tokens.count(None) < len(chunk.tokens)
+        goes_on = bool(chunk.written) or chunk.tokens.count(None) < len(chunk.tokens)
         last = chunk.stop == self.blocks
         if inside and alone and goes_on == last and len(chunk.tokens) == (choices if last else 0):
             return None
         return "misfit", "the chunk does not fit its offer"
+
+    def ends(self, offer: Offer, chunk: Chunk) -> bool:
+        """Set how many blocks there are, from the last chunk of a decode that ran at the sender. Return whether it fits
+        the tokens that come with it, and these the offer."""
+        further = len(chunk.written) - len(offer.written) - 1  # whose KV comes too
+        filled = len(offer.prompt) + len(offer.output) + len(chunk.written) - 1
+        blocks = blocks_for(filled, offer.fingerprint.block_tokens)
+        if offer.receipt is None or not 0 <= further <= offer.ahead or chunk.stop != blocks:
+            return False
+        self.blocks = blocks
+        return True
 
     def announce(self, chunk: Chunk) -> None:
         """Add a chunk that the sender has announced."""
@@ -91,6 +102,7 @@ class DecodeRequest:
     end: End | None = None
     recomputed: int = 0
     preempted: int = 0
+    void: int = 0  # of the attempts under which it was to go on elsewhere (Migrate.next), the last that counts no more
     shares: bool = False  # the KV that it uses counts as moved for another choice
     alone: bool = False  # its first tokens are computed in lone steps (Offer.alone)
     stays: bool = False  # the same engine prefills it: its KV does not move
@@ -143,7 +155,7 @@ class DecodeRequest:
         one of them, so that sums over receipts are right."""
         flow, prompt = self.flow, len(self.offer.prompt)
         recomputed = min(self.recomputed, prompt)
-        return Receipt(
+        own = Receipt(
             prompt_tokens=prompt,
             local=prompt - recomputed if self.stays else 0,
             adopted=0 if self.stays else prompt - recomputed,
@@ -156,6 +168,7 @@ class DecodeRequest:
             preempted=self.preempted,
             refetched=0 if self.shares else flow.refetched,
         )
+        return own if self.offer.receipt is None else own.after(self.offer.receipt)
 
 
 @dataclass(slots=True, eq=False)
@@ -169,6 +182,7 @@ class HandOver:
     flow: KVInflow
     requests: dict[int, DecodeRequest]
     tokens: list[Token | None] = field(default_factory=list)  # the first one of each choice, from the last chunk
+    written: list[Token] = field(default_factory=list)  # or all tokens of one that ran at the sender
     ready: bool = False
     landed: bool = False
 
@@ -210,7 +224,7 @@ def obstacle(offer: Offer, fingerprint: Fingerprint, capacity: Capacity) -> str 
     why = difference(fingerprint, offer.fingerprint)
     if why is not None:
         return why
-    tokens, all_tokens = len(offer.prompt) + len(offer.output), len(offer.prompt) + offer.sampling.max_tokens
+    tokens, all_tokens = len(offer.tokens) + offer.ahead, len(offer.prompt) + offer.sampling.max_tokens
     if tokens == 0 or offer.blocks != blocks_for(tokens, capacity.block_tokens):
         return f"{tokens} tokens are not {offer.blocks} blocks"
     if tokens >= capacity.context or blocks_for(all_tokens, capacity.block_tokens) > capacity.blocks:

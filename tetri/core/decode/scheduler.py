@@ -9,6 +9,7 @@ from tetri.core.actions import Action, AdmitRequest
 from tetri.core.decode.batch import Batch
 from tetri.core.decode.hand_overs import HandOvers, staged
 from tetri.core.decode.load_forecast import LoadForecast
+from tetri.core.decode.migration import Migrations
 from tetri.core.decode.request import DecodeRequest
 from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.identity import Identity
@@ -39,6 +40,7 @@ class DecodeScheduler:
         self.forecast = LoadForecast(own, cost, estimator)
         self.batch = Batch(own, ledger, self.forecast, activity)
         self.hand_overs = HandOvers(own, ledger, peers, self.batch, activity)
+        self.migrations = Migrations(own, peers, self.batch, activity)
         self.requests = self.hand_overs.requests
 
     # ------------------------------------------------------------ running
@@ -52,7 +54,9 @@ class DecodeScheduler:
         return [action for request in self.batch.admit_lone() for action in self._admitted(request)]
 
     def _admitted(self, request: DecodeRequest) -> list[Action]:
-        return [AdmitRequest(request.key, *token_ids(request.tokens[:1])), staged(self.own, request, Stage.DECODE)]
+        first, *further = token_ids(request.tokens[len(request.offer.written) :])
+        admit = AdmitRequest(request.key, first, tuple(further))
+        return [admit, staged(self.own, request, Stage.DECODE)]
 
     def steps(self) -> bool:
         """Return whether the engine has a token to compute or blocks to allocate."""
@@ -125,3 +129,4 @@ class DecodeScheduler:
         """Raise Broken when hand-overs, requests, batch, ledger, indexes and forecast disagree."""
         self.batch.check()
         self.hand_overs.check()
+        self.migrations.check()

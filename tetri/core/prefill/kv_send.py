@@ -69,6 +69,14 @@ class KVSend:
         grant_lost = [request for request in keeping if request.flow.grant_lost and request.lacks_memory]
         return max(grant_lost, key=lambda request: request.turn, default=None)
 
+    def free(self) -> int:
+        """Return the slots that running decodes may use, which go on elsewhere: they are granted."""
+        return self.own.slots - self.used
+
+    def use(self, slots: int) -> None:
+        """Count slots as used that running decodes export into."""
+        self.used += slots
+
     def export(self, request: PrefillRequest) -> list[Action]:
         """Export the blocks that the last step has completed, as one chunk."""
         start, stop = request.flow.exported, request.filled(request.done, self.own.capacity.block_tokens)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import Any
 
-from tetri.core.actions import Action, AddRequest, Broken, CancelRequest, HoldRequest
+from tetri.core.actions import Action, AddRequest, Broken, CancelRequest, Exported, HoldRequest
 from tetri.core.instance.activity import ActivityLog
 from tetri.core.instance.ledger import Ledger
 from tetri.core.instance.peers import Peers
@@ -288,6 +288,10 @@ class PrefillScheduler:
         for span in done.spans:
             actions += self.kv_send.export(self.requests[span.key])
         return actions
+
+    def exported(self, event: Exported) -> list[Action]:
+        """Announce a chunk that is in the slab now."""
+        return self.kv_send.exported(self.requests.get(event.key), event)
 
     def _first_tokens(self, tokens: Sequence[Sampled]) -> list[Action]:
         items: list[TokenItem] = []

@@ -139,7 +139,7 @@ class LoadReporter:
             "chunk_s": self.cost.chunk_s((Span("", 0, knee),)),
             "arrived": prefill.arrived,
             "arrived_s": prefill.arrived_s,
-            "decoded": self.activity.decode_tokens,
+            "output": forecast.usual_output,
             "ttft_s": prefill.ttft_s,
             "tpot_s": tpot_s,
         }

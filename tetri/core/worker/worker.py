@@ -33,15 +33,15 @@ from tetri.core.worker.chunk_limit import ChunkLimit
 from tetri.core.worker.home import WorkerHome
 from tetri.core.worker.load_report import LoadReporter
 from tetri.core.worker.lone_steps import LoneSteps
+from tetri.core.worker.unlisted import Unlisted
 from tetri.cost import CorrectedCost
 from tetri.engine_request import Span, StepDone
 from tetri.request import ROLES
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.handover import Chunk, Defer, Drop, Grant, Landed, LengthUpdate, Offer, Refuse
-from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Proceed, Resend
+from tetri.wire.messages import Assign, Close, ClusterView, Flip, Membership, Migrate, Proceed, Resend
 
 HEARTBEAT, LOAD, REGISTER, FETCH_AGAIN = "heartbeat", "load", "register", "fetch again"
-MOST_UNKNOWN = 256  # most messages kept from senders that no Membership has listed yet
 
 
 class Worker:
@@ -62,7 +62,7 @@ class Worker:
         self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, *shared)
         self.dispatcher = self.prefill.dispatcher
         self.decode = DecodeScheduler(own, self.ledger, self.peers, *shared)
-        self.hand_overs = self.decode.hand_overs
+        self.hand_overs, self.migrations = self.decode.hand_overs, self.decode.migrations
         self.lone_steps = LoneSteps(self.prefill, self.decode)
         self.stepping = False
         self.idle = False
@@ -71,7 +71,7 @@ class Worker:
         self._step_at = now
         self.chunk_limit = ChunkLimit(self.prefill, self.decode.batch, self.cost)
         self._fewer = False  # the batch has lost a request since the step was planned
-        self._unknown: list[Offer | LengthUpdate | Chunk | Drop] = []  # from senders that no Membership lists yet
+        self.unlisted = Unlisted(self.peers)
         self._queued_own: list[Action] = []  # messages to this instance, held while the engine computes
         self.timers.set(HEARTBEAT, now)
         self.timers.set(LOAD, now)
@@ -92,13 +92,14 @@ class Worker:
         self.idle = False
         match event:  # the most frequent first
             case Exported():
-                return self.prefill.kv_send.exported(self.prefill.requests.get(event.key), event)
+                prefills = event.key not in self.decode.requests
+                return self.prefill.exported(event) if prefills else self.migrations.exported(event, now)
             case Adopted():
                 return self._set_fetch_timer(self.hand_overs.adopted(event, now))
             case Freed():
                 self.prefill.kv_send.freed(event.slots)
                 return []
-            case Chunk() | Offer() | LengthUpdate() | Drop() if self._keep_unlisted(event):
+            case Chunk() | Offer() | LengthUpdate() | Drop() if self.unlisted.keeps(event):
                 return []
             case Chunk():
                 return self.hand_overs.chunk(event)
@@ -112,6 +113,8 @@ class Worker:
                 return self.prefill.assign(event, now)
             case Proceed():
                 return self.lone_steps.proceed(event)
+            case Migrate():
+                return self.migrations.migrate(event, self.hand_overs.granted(event.rid, event.attempt), now)
             case Close():
                 return self._closed(event)
             case LengthKnown():
@@ -121,10 +124,7 @@ class Worker:
             case Resend():
                 return [*self.prefill.resend(event), *self.decode.resend(event)]
             case RequestRejected():
-                if event.key in self.prefill.requests:
-                    return self.prefill.reject(event.key, event.why)
-                self._fewer = True
-                return self.hand_overs.reject(event.key, event.why)
+                return self._rejected(event)
             case Membership():
                 return self._membership(event, now)
             case Flip():
@@ -134,6 +134,12 @@ class Worker:
             case PeerDown():
                 return self._down(event.peer, now)
         raise Broken(f"a worker does not handle {event}")
+
+    def _rejected(self, event: RequestRejected) -> list[Action]:
+        if event.key in self.prefill.requests:
+            return self.prefill.reject(event.key, event.why)
+        self._fewer = True
+        return self.hand_overs.reject(event.key, event.why)
 
     def tick(self, now: float) -> list[Action]:
         """Run every timer that is due, then start a step unless one is running or there is nothing to plan."""
@@ -151,7 +157,10 @@ class Worker:
             else:
                 actions += self.prefill.lengths.due(self.prefill.requests[key], now)
         actions = self._deliver_own(actions, now) if actions else actions
-        return actions if self.stepping or self.idle else [*actions, *self._step(now)]
+        if self.stepping:
+            return actions
+        actions += self.migrations.step(self.prefill.kv_send)
+        return actions if self.idle else [*actions, *self._step(now)]
 
     def deadline(self) -> float | None:
         """The time of the next `tick`: -inf for at once, None while a step is running."""
@@ -308,22 +317,14 @@ class Worker:
             self.dispatcher.breaker.failing.pop(iid, None)
             actions += self._lost(iid, now)
         actions += self.dispatcher.allow_retry(now)
-        early, self._unknown = self._unknown, []
-        for message in early:  # who is still not listed is kept again
+        for message in self.unlisted.release():
             actions += self._handle(message, now)
         return actions
 
-    def _keep_unlisted(self, message: Offer | LengthUpdate | Chunk | Drop) -> bool:
-        """Whether no Membership lists this incarnation of the sender yet. No answer could reach the sender, and it
-        repeats its message only after a second, so the message is kept until a Membership lists the sender. Beyond
-        MOST_UNKNOWN messages, the oldest are dropped."""
-        if self.peers.knows(message.src, message.incarnation):
-            return False
-        self._unknown.append(message)
-        del self._unknown[:-MOST_UNKNOWN]
-        return True
-
     def _answered(self, event: Grant | Defer | Refuse | Landed, now: float) -> list[Action]:
+        migration = self.migrations.of(event)
+        if migration is not None:
+            return self.migrations.answered(migration, event)
         request = self.dispatcher.request_of(event)
         if request is None:  # the offer is closed
             if isinstance(event, Landed):  # the broker's Close was faster; but who copied a chunk can read
@@ -373,7 +374,7 @@ class Worker:
         return self._lost(peer, now)
 
     def _lost(self, iid: str, now: float) -> list[Action]:
-        actions = self.hand_overs.orphaned(iid)
+        actions = [*self.hand_overs.orphaned(iid), *self.migrations.lost(iid)]
         for request in self.dispatcher.aimed_at(iid):
             if request.flow.movable and not request.pinned and not (request.may_decode and request.lost):
                 self.activity.happened("refused", request.lead, iid, "it was lost")
@@ -430,7 +431,8 @@ class Worker:
         expired = self.hand_overs.expire(now)
         if expired:
             self.idle = False  # others may have waited for them
-        actions += [*expired, *self.hand_overs.resend_answers(), self.reporter.heartbeat()]
+        again = [*self.hand_overs.resend_answers(), *self.migrations.repeat(now)]
+        actions += [*expired, *again, self.reporter.heartbeat()]
         return [*actions, *self.lone_steps.repeat()]
 
     def _unread(self, now: float) -> list[Action]:

@@ -145,8 +145,9 @@ class VllmEngine:
         from tetri.engine.vllm.scheduler import VllmRequest
 
         decode = engine_request.phase == "decode"
-        # The last token of a decode request's prompt comes with `admit`; until then any valid id is a placeholder.
-        prompt = [*engine_request.tokens, engine_request.tokens[-1]] if decode else list(engine_request.tokens)
+        # The tokens after those of a decode request come with `admit`; until then any valid id is a placeholder.
+        unknown = 1 + engine_request.ahead if decode else 0
+        prompt = [*engine_request.tokens, *[engine_request.tokens[-1]] * unknown]
         key, drawn = engine_request.key, self._drawn
         params = vllm_params(
             engine_request.sampling,
@@ -191,6 +192,8 @@ class VllmEngine:
             raise EngineError(
                 f"{count} tokens and up to {left} of output exceed the context of {self.capacity.context} tokens"
             )
+        if engine_request.ahead > left - needed:
+            raise EngineError(f"room for {engine_request.ahead} tokens is too much: it ends before")
         return left
 
     def cancel(self, key: str) -> None:
@@ -212,23 +215,35 @@ class VllmEngine:
         self._scheduler.finish_requests(key, RequestStatus.FINISHED_ABORTED)
         self._connector.record.freed.pop(key, None)
 
-    def admit(self, key: str, token: int) -> None:
+    def admit(self, key: str, token: int, further: Sequence[int] = ()) -> None:
         """As in `Engine`. Raises EngineError unless all of its blocks were adopted."""
         live = self._requests.get(key)
         if live is None or not live.parked:
             raise EngineError(f"engine request {key!r} does not wait for admission")
-        if live.missing:
+        engine_request, fresh = live.engine_request, [token, *further]
+        if len(further) > engine_request.ahead:
+            raise EngineError(f"engine request {key!r} has room for {engine_request.ahead} tokens, not {len(further)}")
+        filled = len(engine_request.tokens) + len(further)
+        if missing := live.missing & {*range(blocks_for(filled, self.capacity.block_tokens))}:
             raise EngineError(
-                f"engine request {key!r} cannot be admitted: {len(live.missing)} of its blocks were not adopted"
+                f"engine request {key!r} cannot be admitted: {len(missing)} of its blocks were not adopted"
             )
-        if not 0 <= token < self._vocab:
-            raise EngineError(f"token ids must be from 0 to {self._vocab - 1}, got {token}")
-        live.request.prompt_token_ids[-1] = token
-        live.request._all_token_ids[-1] = token
+        if not 0 <= min(fresh) <= max(fresh) < self._vocab:
+            raise EngineError(f"token ids must be from 0 to {self._vocab - 1}, got {fresh}")
+        self._know(live, fresh)
         # As if a connector had reported the KV as received, but without the delay of one more step.
         self._scheduler.finished_recving_kv_req_ids.add(key)
         live.parked = False
         self._parked -= 1
+
+    @staticmethod
+    def _know(live: _LiveRequest, fresh: list[int]) -> None:
+        """Tell vLLM the tokens of a decode request that were unknown until now. It has KV for all but the last."""
+        request, count = live.request, len(live.engine_request.tokens)
+        request.prompt_token_ids[count:] = request._all_token_ids[count:] = fresh
+        request.num_prompt_tokens = count + len(fresh)
+        request.num_computed_tokens = request.num_prompt_tokens - 1
+        request.max_tokens = live.outputs_left - len(fresh)
 
     def hold(self, key: str, held: bool) -> None:
         """As in `Engine`."""
@@ -275,8 +290,9 @@ class VllmEngine:
 
     def _park(self, key: str) -> None:
         live = self._requests[key]
+        tokens = len(live.engine_request.tokens) + live.engine_request.ahead
         live.parked = True
-        live.missing = set(range(blocks_for(len(live.engine_request.tokens), self.capacity.block_tokens)))
+        live.missing = set(range(blocks_for(tokens, self.capacity.block_tokens)))
         self._parked += 1
 
     def _sampled(self, output: Any) -> Sequence[Sampled]:

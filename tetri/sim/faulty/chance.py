@@ -38,6 +38,7 @@ RATES = {
     "leave": "of each client: it is disconnected for up to `down`",
     "stall": "of each client: it reads nothing for up to `longest`",
     "flip": "of the deployment: an operator changes the role of a random instance",
+    "migrate": "of the deployment: a random running choice goes on at a random instance",
 }
 #: time in seconds: name -> what it is for
 TIMES = {
@@ -72,6 +73,7 @@ class Faults:
     leave: float = 0.0
     stall: float = 0.0
     flip: float = 0.0
+    migrate: float = 0.0
     until: float = inf
     longest: float = 0.2
     down: float = 1.5

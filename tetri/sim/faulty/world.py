@@ -19,7 +19,7 @@ from tetri.core.worker.worker import Worker
 from tetri.engine.emulated import EmulatedEngine
 from tetri.faults import Cut
 from tetri.kv.limit import LimitedLink
-from tetri.request import ROLES
+from tetri.request import ROLES, Stage
 from tetri.sim.faulty.chance import Chance, Faults
 from tetri.sim.faulty.clients import ADMIN, CLIENT_S, Admin, CheckedClients, on_the_wire
 from tetri.sim.faulty.kv import Memories, store
@@ -162,6 +162,7 @@ class FaultyWorld(World):
         chance.often("freeze", workers + 2, self._freeze)
         chance.often("disconnect", (workers + 1) ** 2 / 2, self._disconnect)
         chance.often("flip", bool(faults.flip), self._flip)
+        chance.often("migrate", bool(faults.migrate), self._migrate)
 
     def _any_worker(self) -> FaultyWorker:
         return self.chance.rng.choice([*self.workers.values()])
@@ -215,6 +216,16 @@ class FaultyWorld(World):
     def _flip(self) -> bool:
         self.admin.flip(self._any_worker().name, self.chance.rng.choice(ROLES))
         return True
+
+    def _migrate(self) -> bool:
+        broker, rng = self.broker, self.chance.rng
+        running = [choice for choice in broker.core.table.active() if choice.stage is Stage.DECODE]
+        if not running or broker.frozen:
+            return False
+        actions = broker.core.lifecycle.migrations.start(rng.choice(running), self._any_worker().name)
+        self.chance.note(broker.name, "an operator migrates a choice", actions)
+        broker.carry_out(actions)
+        return bool(actions)
 
     # ------------------------------------------------------------ the promises
 
