@@ -40,6 +40,7 @@ def test_requests_a_role_change_and_a_killed_worker_of_a_real_deployment(show, s
         event, operator = page.locator("#events li"), cluster.operator()
         turned = page.locator("#bank-decode #card-p1"), event.filter(has_text="p1 role")
         soon(lambda: operator.flip("p1", "decode"), *turned)
+        soon(lambda: operator.flip("p1", "auto"), page.locator("#bank-mixed #card-p1[data-role=auto]"))
         soon(lambda: cluster.kill("d0"), page.locator("#card-d0[data-state=lost]"), event.filter(has_text="d0 lost"))
         page.close()
 

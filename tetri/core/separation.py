@@ -14,7 +14,7 @@ from tetri.wire.load import Load
 WINDOW_S = 30.0  # over which the load is measured
 LEAST_S = 15.0  # of it that must have passed before the first decision
 HOLD_S = 5.0  # least time between two changes
-LONG = 2.0  # the prefill of a long prompt, over the mean
+LONG = 1.6  # the prefill of a long prompt, over the mean
 AIMED = 0.9  # share of a limit that is aimed at
 
 

@@ -32,16 +32,13 @@ def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
 
 
 def limit(step: MixedStep, cost: StepCost, most: int) -> int:
-    """The size of the next chunk beside running decodes, up to `most` tokens; 0: none.
-
-    Decodes that are ahead of their limits of TPOT leave time for a chunk: of the sizes that fit, the one with the best
-    prefill rate is chosen. If prompts would be late at that rate, the chunk may be so large that the decodes catch up
-    only with all the tokens that they are expected to write yet, but no larger than the prompts need."""
+    """The size of the next chunk beside running decodes, up to `most` tokens; 0: none. Of the sizes with which the
+    decodes keep their limits of TPOT, the one with the best prefill rate."""
     best, rate = 0, 0.0
     for size in (*(size for size in SIZES if size < most), most):
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
-        if seconds > step.later_s or (seconds > step.ahead_s and rate >= step.wanted):
+        if seconds > step.slack_s:
             break
-        if not seconds or size > rate * seconds:  # without a cost table, all steps take no time
+        if size > rate * seconds:
             best, rate = size, size / seconds if seconds else inf
     return best

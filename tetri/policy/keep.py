@@ -12,7 +12,7 @@ from tetri.policy.views import ClusterLoad
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the prompts that decoding instances prefill
 WORST = 4.0  # time between tokens over its limit that is looked at: decodes give way as far if prompts need it
-LONG = 2.3  # the wait that one in ten exceeds, over the mean wait, where waits are distributed exponentially
+LONG = 1.6  # the wait that counts, over the mean wait
 CALM = 0.5  # below this pressure one arrangement is as good as another
 GAIN = 0.15  # by how much another arrangement must be better
 

@@ -94,18 +94,14 @@ class Progress(Value, frozen=True):
 class MixedStep(Value, frozen=True):
     """A step with a chunk beside running decodes.
 
-    batch, context    decodes in it, and the tokens that they have in total
-    ahead_s, later_s  seconds that it may take so that each decode keeps its limit of TPOT: soon, or only with all the
-                      tokens that it is expected to write yet; infinite without a limit
-    wanted            prompt tokens per second with which no prompt is late
-    start             tokens before the chunk in its prompt
+    batch, context  decodes in it, and the tokens that they have in total
+    slack_s         seconds that it may take so that the decodes keep their limits of TPOT; infinite without limits
+    start           tokens before the chunk in its prompt
     """
 
     batch: int
     context: int
-    ahead_s: float
-    later_s: float
-    wanted: float
+    slack_s: float
     start: int = 0
 
 

@@ -10,11 +10,12 @@ import pytest
 from live import LiveCluster, wait_until
 
 from tetri.client import AsyncClient, Result
-from tetri.request import Sampling
+from tetri.request import Sampling, Slo
 
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 TOKENS = 16
+EASY = Slo(ttft_s=600.0, tpot_s=60.0)  # with limits that are far away the phases are never kept apart
 WIDTH = 4  # requests that are open at a time, of those that follow one another
 #: When so many requests have ended, an instance gets a role.
 FLIPS = [(4, "p0", "prefill"), (18, "p0", "auto"), (20, "d0", "prefill"), (34, "d0", "auto")]
@@ -33,7 +34,7 @@ def autos(cluster: LiveCluster) -> Iterator[LiveCluster]:
 
 def test_no_kv_moves_while_both_are_equally_loaded(autos, prompts, reference) -> None:
     chosen = sorted(prompts, key=len)[:20]
-    results = autos.answers(chosen, max_tokens=TOKENS, ignore_eos=True)
+    results = autos.answers(chosen, slo=EASY, max_tokens=TOKENS, ignore_eos=True)
     for prompt, result in zip(chosen, results, strict=True):
         receipt = result.receipt
         assert (receipt.local, receipt.adopted, receipt.recomputed) == (len(prompt), 0, 0)
@@ -56,7 +57,7 @@ def test_requests_that_stay_and_requests_that_move_have_the_same_tokens(autos, p
 
     async def caller(client: AsyncClient, waiting: Iterator[int]) -> None:
         for index in waiting:
-            results[index] = await client.generate(prompts[index], max_tokens=TOKENS, ignore_eos=True)
+            results[index] = await client.generate(prompts[index], slo=EASY, max_tokens=TOKENS, ignore_eos=True)
 
     async def run() -> None:
         waiting = iter(range(len(prompts)))

@@ -35,7 +35,7 @@ PROMPT = [0]  # any token will do
 CARRIED, BUSY, UNKNOWN, BROKEN = "carried", "busy", "unknown", "broken"
 NO_PAIR = "no prefill instance and decode instance that can exchange KV are in service"
 
-Pair = tuple[str, str]  # ids of a prefill and a decode instance; of a mixed instance also with itself
+Pair = tuple[str, str]  # ids of a prefill and a decode instance; of one that does both also with itself
 
 
 @dataclass(slots=True)

@@ -22,9 +22,8 @@ from tetri.request import LengthRange, Token, blocks_for
 from tetri.wire.messages import End, TokenItem
 
 AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
-EXPECTED = 0.5  # of the usual output: tokens that a running request is expected to write yet
-GAIN = 0.0
-SOON = 0.1  # of those: in which it may catch up even when no prompt is late
+EXPECTED = 0.15  # of the usual output: tokens in which a running request may catch up with its limit
+GAINED = 0.3  # of its limit, at least, in each of these: the batch gets smaller when no prompts join it
 Ended = list[tuple[DecodeRequest, End]]
 
 
@@ -181,22 +180,21 @@ class Batch:
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
 
-    def slack_s(self, now: float, spared: int) -> tuple[float, float]:
-        """Return how long the next step may take so that every running request keeps its limit of TPOT: with its next
-        tokens, and with all that it is expected to write yet. Infinite without a limit. One that cannot keep its limit
-        any more does not count, nor, in the second, the `spared` ones that come next."""
+    def slack_s(self, now: float, spared: int) -> float:
+        """Return how long the next step may take so that the running requests keep their limits of TPOT, with a part of
+        the tokens that they are expected to write yet; infinite without limits. The `spared` requests with the least
+        slack do not count, nor those that cannot keep their limits any more."""
         step_s = self.forecast.cost.decode_s(len(self.running), self.forecast.context)
-        more, soon, later = EXPECTED * self.forecast.usual_output, inf, list[float]()
+        more, slacks = EXPECTED * self.forecast.usual_output, list[float]()
         for request in self.running.values():
             if request.offer.tpot_s is not None:
                 tpot_s = AIMED * request.offer.tpot_s
-                ahead = request.first_at - now + len(request.tokens) * tpot_s
-                gain = more * max(tpot_s - step_s, GAIN * tpot_s)
-                if ahead + gain >= step_s:
-                    soon = min(soon, ahead + SOON * gain)
-                    later.append(ahead + gain)
-        later.sort()
-        return soon, later[spared] if spared < len(later) else inf
+                ahead_s = request.first_at - now + len(request.tokens) * tpot_s
+                slack_s = ahead_s + more * max(tpot_s - step_s, GAINED * tpot_s)
+                if slack_s >= step_s:
+                    slacks.append(slack_s)
+        slacks.sort()
+        return slacks[spared] if spared < len(slacks) else inf
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""

@@ -11,9 +11,7 @@ from tetri.policy.chunk import limit
 from tetri.policy.views import MixedStep
 
 LOOKED_AT = 32  # most queued prompts that are looked at
-EARLY = 1.3  # how much faster than just in time prompts are to be computed, since others may arrive meanwhile
-PRESSING = 0.5
-LATE = 0.1  # share of the limit of TTFT in which a prompt that is late is still to be computed
+PRESSING = 0.5  # a prompt presses when it has waited for this share of its limit of TTFT
 
 
 class ChunkLimit:
@@ -23,23 +21,15 @@ class ChunkLimit:
         self.prefill, self.batch, self.cost = prefill, batch, cost
 
     def tokens(self, most: int, now: float) -> int:
-        """Return the most prompt tokens of the next step, up to `most`."""
-        wanted, pressing = self._wanted(now)
-        soon_s, later_s = self.batch.slack_s(now, pressing)
-        batch, context = len(self.batch.running), self.batch.forecast.context
+        """Return the most prompt tokens of the next step, up to `most`. For each prompt that presses, one decode may
+        miss its limit."""
         first = next(self.prefill.in_order(), None)
         start = 0 if first is None else first.done
-        return limit(MixedStep(batch, context, soon_s, later_s, wanted, start), self.cost, most)
+        slack_s = self.batch.slack_s(now, self._pressing(now))
+        step = MixedStep(len(self.batch.running), self.batch.forecast.context, slack_s, start)
+        return limit(step, self.cost, most)
 
-    def _wanted(self, now: float) -> tuple[float, int]:
-        """Return the prompt tokens a second with which no queued prompt is late, and how many are about to be."""
-        tokens, wanted, pressing = 0, 0.0, 0
-        for request in islice(self.prefill.in_order(), LOOKED_AT):
-            tokens += request.goal - request.done
-            ttft_s = request.slo.ttft_s
-            if ttft_s is not None:
-                left_s = request.queued.since + ttft_s - now
-                pressing += left_s < PRESSING * ttft_s
-                left_s = max(left_s, LATE * abs(ttft_s))
-                wanted = max(wanted, tokens / left_s if left_s else 0.0)
-        return EARLY * wanted, pressing
+    def _pressing(self, now: float) -> int:
+        queued = islice(self.prefill.in_order(), LOOKED_AT)
+        limits = [(request.queued.since, request.slo.ttft_s) for request in queued]
+        return sum(ttft_s is not None and now - since > PRESSING * ttft_s for since, ttft_s in limits)
