@@ -96,7 +96,7 @@ def test_a_decode_request_that_is_counted_wrong_is_found(spoil, complaint):
 def test_one_that_cannot_wait_for_admission_is_found():
     batch = decoding().decode.batch
     batch.landed["x"] = batch.running[D]
-    with pytest.raises(Broken, match="wait for admission"):
+    with pytest.raises(Broken, match="waits for admission"):
         batch.check()
 
 

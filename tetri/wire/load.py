@@ -33,7 +33,8 @@ class Load(Record, frozen=True):
     arrived         requests that were ever assigned to it
     arrived_s       predicted seconds of their prefill
     output          mean output tokens of the requests that have ended here lately; 0 before the first
-    ttft_s, tpot_s  the limits of the requests here, in the median; 0: none is here, or they have none
+    ttft_s          the limit of TTFT of the last request that was assigned to it; 0: it had none
+    tpot_s          of waiting and running: the median limit of TPOT; 0: none is here, or they have none
     """
 
     free_blocks: int

@@ -141,7 +141,7 @@ class Lifecycle:
     def _place_all(self, choices: Iterable[Choice], now: float) -> list[Action]:
         """Place choices, those of a request that have no output together, if a decode instance can take so many."""
         actions: list[Action] = []
-        for group in sharing_a_prefill(each for each in choices if each.reason is None and not each.request.accused):
+        for group in sharing_a_prefill([each for each in choices if each.reason is None and not each.request.accused]):
             alone = len(group) > 1 and self.members.too_many(len(group[0].request.prompt), len(group))
             for part in [[choice] for choice in group] if alone else [group]:
                 actions += self.place(part, now)

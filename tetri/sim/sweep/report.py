@@ -57,9 +57,9 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """One claim about the rows: how many of those that it is about keep it, or a mean."""
+    """One promise about the rows: how many of those that it is about keep it, or a mean."""
 
-    claim: str
+    promise: str
     value: float
     goal: float
     cases: int
@@ -96,12 +96,12 @@ def checks(rows: Sequence[Row], held_back: Sequence[Row] = ()) -> list[Check]:
     return [check for check in made if check.cases]
 
 
-def _share(claim: str, rows: Sequence[Row], keeps: Callable[[Row], bool], goal: float) -> Check:
-    return Check(claim, sum(map(keeps, rows)) / max(len(rows), 1), goal, len(rows))
+def _share(promise: str, rows: Sequence[Row], keeps: Callable[[Row], bool], goal: float) -> Check:
+    return Check(promise, sum(map(keeps, rows)) / max(len(rows), 1), goal, len(rows))
 
 
-def _mean(claim: str, rows: Sequence[Row], goal: float) -> Check:
-    return Check(claim, fmean([row.ratio for row in rows] or [0.0]), goal, len(rows))
+def _mean(promise: str, rows: Sequence[Row], goal: float) -> Check:
+    return Check(promise, fmean([row.ratio for row in rows] or [0.0]), goal, len(rows))
 
 
 def table(rows: Iterable[Row]) -> Iterator[str]:
@@ -119,8 +119,8 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
 def verdicts(made: Iterable[Check]) -> Iterator[str]:
     """A line for each check."""
     for check in made:
-        word = "holds" if check.holds else "fails"
-        yield f"{word}  {check.claim}: {check.value:.3f}, wanted {check.goal:g} ({check.cases} cases)"
+        verdict = "holds" if check.holds else "fails"
+        yield f"{verdict}  {check.promise}: {check.value:.3f}, wanted {check.goal:g} ({check.cases} cases)"
 
 
 def as_json(row: Row) -> dict[str, Any]:
