@@ -39,6 +39,6 @@ def limit(step: MixedStep, cost: StepCost, most: int) -> int:
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
         if seconds > step.slack_s:
             break
-        if size > rate * seconds:
+        if not seconds or size > rate * seconds:  # without a cost table, all steps take no time
             best, rate = size, size / seconds if seconds else inf
     return best

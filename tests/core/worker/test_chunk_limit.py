@@ -6,14 +6,13 @@ from tests.core.build import assign, capacity, flip
 from tests.core.driver import working
 from tests.core.reading import only
 from tetri.core.actions import Step
-from tetri.core.worker.chunk_limit import EARLY, LATE
 from tetri.cost import Cost
 from tetri.request import Slo
 
 # A chunk of n tokens takes half a second and n sixteenths, a decode step half a second, both together as the chunk.
 COST = Cost(prefill=((0.0, 0.5), (64.0, 4.5)), decode=((1.0, 0.5),))
 LARGE = capacity(blocks=200, context=400, chunk_tokens=64, max_batch=4)
-USUAL = 7  # tokens of an output, where one has ended
+USUAL = 20  # tokens of an output, where one has ended
 
 
 def begin(role="auto", **changes):
@@ -76,29 +75,31 @@ def test_decodes_without_a_chunk_get_ahead_and_then_a_chunk_runs():
     assert only(told.later(), Step) == [Step(1, 32)] and told.chunk() == [("a", 0, 32)]
 
 
-def test_a_prompt_that_would_be_late_gets_what_the_decodes_can_catch_up_with():
-    """16 tokens a step are 11 a second, 32 are 13, and 63 are 14."""
-    for left_s, tokens in ((1e6, 32), (EARLY * 100 / 12.0, 32), (EARLY * 100 / 13.0, 63)):
-        assert asked(beside(usual=True), ttft_s=left_s) == Step(1, tokens)
-    assert asked(beside(), ttft_s=1.0) == Step(1, 32)  # nothing is known of how much they write
+def test_decodes_pay_for_chunks_what_they_may_catch_up_with():
+    """After an output of 20 tokens, 3 of them count: 4.2 s more."""
+    assert asked(beside(), waits=3.0) == Step(1, 0)
+    assert asked(beside(usual=True), waits=3.0) == Step(1, 63)
+    assert asked(beside(usual=True), waits=5.0) == Step(1, 32)
 
 
-def test_all_prompts_before_the_one_that_would_be_late_count():
+@pytest.mark.parametrize(
+    "ttft_s, tokens",
+    [
+        (None, 16),
+        (9.0, 16),  # less than half of its time is over
+        (-9.0, 63),  # it is late: the one decode may be late too
+    ],
+)
+def test_for_each_prompt_that_presses_a_decode_may_miss_its_limit(ttft_s, tokens):
+    assert asked(beside(usual=True), ttft_s=ttft_s, waits=6.0) == Step(1, tokens)
+
+
+def test_only_as_many_decodes_as_prompts_press_may_miss_theirs():
     told = beside(usual=True)
-    told.tell(assign("b", 60, max_tokens=4))
-    assert asked(told, 40, ttft_s=EARLY * 100 / 13.0) == Step(1, 63)
-
-
-def test_a_prompt_that_is_late_is_computed_in_a_share_of_its_limit():
-    for limit_s, tokens in ((EARLY * 100 / 13.0 / LATE, 63), (EARLY * 100 / 12.0 / LATE, 32)):
-        assert asked(beside(usual=True), ttft_s=-limit_s) == Step(1, tokens)
-
-
-def test_as_many_decodes_may_be_late_as_prompts_are_about_to_be():
-    """`x` can pay for 16 tokens. A prompt for which more than half of its time is left waits for it."""
-    limit_s = EARLY * 100 / 13.0  # both prompts want a whole chunk
-    assert asked(beside(usual=True), ttft_s=limit_s, waits=6.5) == Step(1, 16)
-    assert asked(beside(usual=True), ttft_s=-limit_s / LATE, waits=6.5) == Step(1, 63)
+    told.land("y", number=3, max_tokens=90, tpot_s=2.0)
+    told.step()
+    told.now += 6.0
+    assert asked(told, ttft_s=-9.0).chunk < 63
 
 
 def test_the_deeper_in_a_prompt_the_smaller_the_chunk():
