@@ -1,4 +1,4 @@
-"""tetri: a language model server whose prefill and decode phases run on separate instances."""
+"""tetri: a language model server whose prefill and decode phases run as far apart as the traffic asks."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ _SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.group(cls=LazyGroup, lazy=COMMANDS, context_settings=_SETTINGS, epilog=_EXAMPLES)
 @click.version_option(package_name="tetri", prog_name="tetri-cli")
 def group() -> None:
-    """Serve a language model with prefill and decode on separate instances."""
+    """Serve a language model with prefill and decode as far apart as the traffic asks."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

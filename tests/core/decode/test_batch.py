@@ -172,9 +172,9 @@ def test_a_full_batch_asks_nobody(asked):
 STEPS = {"cost": Cost(decode=((1.0, 0.2),))}
 
 
-def slack(told, after=0.0, spared=0):
+def slack(told, after=0.0, skipped=0):
     """Of the batch, so long after now."""
-    return told.core.decode.batch.slack_s(told.now + after, spared)
+    return told.core.decode.batch.slack_s(told.now + after, skipped)
 
 
 def limited(*limits, tokens=2, **changes):
@@ -202,10 +202,10 @@ def test_a_step_may_take_the_time_that_its_decodes_are_ahead():
     assert slack(told) == pytest.approx(ahead_s + AIMED)
 
 
-def test_of_many_decodes_the_one_that_is_least_ahead_counts_and_some_are_spared():
+def test_of_many_decodes_the_one_that_is_least_ahead_counts_and_some_are_skipped():
     told = limited(3.0, None, 2.0, 1.0)
     ahead = [2 * AIMED * 1.0, 3 * AIMED * 2.0, 5 * AIMED * 3.0]
-    assert [slack(told, spared=spared) for spared in range(4)] == [*map(pytest.approx, ahead), inf]
+    assert [slack(told, skipped=skipped) for skipped in range(4)] == [*map(pytest.approx, ahead), inf]
     assert slack(told, 2.0) == pytest.approx(ahead[1] - 2.0)  # the limit of the last one is lost
 
 

@@ -1,6 +1,8 @@
 """Who is asked how long an output will be, until when a prompt waits for that, and what follows from what comes later.
 Chunks are of 8 tokens; the buckets of all odds have 4, and so have ranges."""
 
+from dataclasses import replace
+
 import pytest
 
 from tests.core.build import assign, capacity, close, identity, refuse, update_length
@@ -334,6 +336,18 @@ def test_one_that_the_step_ends_is_copied():
     assert told.tell(named()) == []
     actions = told.step()
     assert not only(actions, StayRequest) and told.key("a").startswith("d:")
+
+
+@pytest.mark.parametrize("kind", ["classifier", "hidden", "both"])
+def test_on_an_adaptive_instance_a_prompt_waits_for_no_answer_and_stays(kind):
+    """Its length is corrected when the answer is there."""
+    rules = replace(learnt(kind)["rules"], decode_route="adaptive")
+    told = begin(kind, iid="m1", role="auto", rules=rules, capacity=ROOMY, slots=30)
+    told.meet()
+    told.tell(ask(6))
+    assert only(told.later(), StayRequest) and late(told) == 0
+    told.step(estimates=STATE)
+    assert status(told).predicted == 1
 
 
 def test_an_answer_during_a_step_goes_to_others_at_once():

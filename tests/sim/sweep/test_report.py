@@ -24,7 +24,7 @@ def row(auto, split=0.5, p99=1.0, quartile=0.85, workload="LPLD", instances=8, r
 
 
 def found(rows, held_back=()):
-    return {check.claim.split(":")[0]: check for check in checks(rows, held_back)}
+    return {check.promise.split(":")[0]: check for check in checks(rows, held_back)}
 
 
 def test_a_row_compares_auto_with_the_best_fixed_arrangement():
@@ -51,7 +51,7 @@ def test_a_claim_about_no_case_is_left_out():
 
 def test_a_load_that_shifts_has_its_own_claims():
     made = checks([row(1.0, split=0.95, workload="shift")])
-    verdict = {check.claim: check.holds for check in made if check.claim.startswith("shift")}
+    verdict = {check.promise: check.holds for check in made if check.promise.startswith("shift")}
     assert verdict == {"shift: auto >= 1.1 x best split": False, "shift: auto >= 1.0 x coupled least-loaded": True}
 
 

@@ -180,9 +180,9 @@ class Batch:
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
 
-    def slack_s(self, now: float, spared: int) -> float:
+    def slack_s(self, now: float, skipped: int) -> float:
         """Return how long the next step may take so that the running requests keep their limits of TPOT, with a part of
-        the tokens that they are expected to write yet; infinite without limits. The `spared` requests with the least
+        the tokens that they are expected to write yet; infinite without limits. The `skipped` requests with the least
         slack do not count, nor those that cannot keep their limits any more."""
         step_s = self.forecast.cost.decode_s(len(self.running), self.forecast.context)
         more, slacks = EXPECTED * self.forecast.usual_output, list[float]()
@@ -194,7 +194,7 @@ class Batch:
                 if slack_s >= step_s:
                     slacks.append(slack_s)
         slacks.sort()
-        return slacks[spared] if spared < len(slacks) else inf
+        return slacks[skipped] if skipped < len(slacks) else inf
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""

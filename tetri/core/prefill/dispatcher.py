@@ -188,7 +188,6 @@ class Dispatcher:
         request.flow.aim(self._number, target, request.open())
         if target in self.breaker.failing:
             self.breaker.probe(target, self._number)
-        self.pool.reserve(self._number, target, need)
         self.offers[self._number] = request.key
         self._targets.setdefault(target, {})[self._number] = None
         self.activity.happened("offered", request.lead, target)
@@ -196,7 +195,12 @@ class Dispatcher:
             found = self.pool.home.stay(self._made_offer(request, now))
             if found is not None:
                 return [*found[1], *self._stay(request, found[0])]
+        self.pool.reserve(self._number, target, need)
         return self.repeat(request, now)
+
+    def adapts(self) -> bool:
+        """Return whether requests mostly decode on this instance: its role is auto."""
+        return self.pool.home is not None and self.pool.home.adapts()
 
     def _stay(self, request: PrefillRequest, decode_key: str) -> list[Action]:
         """Let a request decode here, without a copy of its KV. What has left the engine already is of no use."""

@@ -85,8 +85,14 @@ class LengthWait:
 
     def started(self, request: PrefillRequest, planned: Iterable[Span]) -> None:
         """Settle the length of a starting request without a prediction, unless one is on its way: the classifier's, or
-        that of its hidden state when the `planned` chunk completes the prompt."""
-        if request.predicted or self._asks(request):
+        that of its hidden state when the `planned` chunk completes the prompt. On an adaptive instance it waits for
+        none: it can only stay while its prefill runs."""
+        if request.predicted:
+            return
+        if self.dispatcher.adapts():
+            self.dispatcher.settle(request, self._unpredicted(request))
+            return
+        if self._asks(request):
             return
         if self._has_hidden and any(span.key == request.key and span.stop == request.goal for span in planned):
             return
