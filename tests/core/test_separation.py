@@ -19,7 +19,8 @@ class Watched:
 
     def load(self, number):
         """One that decodes `number` requests, with little time between two tokens."""
-        usual = {"free_blocks": 9, "running": 5 + number, "context": 900, "base_s": 0.05, "step_s": 0.06}
+        usual = {"free_blocks": 9, "running": 5 + number, "base_s": 0.05, "step_s": 0.06}
+        usual |= {"context": 900, "kv_tokens": 4000}
         usual |= {"chunk_s": 0.3, "output": 30.0, "ttft_s": 2.0, "tpot_s": 0.07}
         counts = {name: type(each)(each * self.arrived) for name, each in SECOND.items()}
         return Load(**{**usual, **counts, **self.changes})
@@ -51,6 +52,10 @@ def test_a_change_holds_for_some_seconds():
     watched.changes = {"tpot_s": 9.0, "ttft_s": 900.0}  # now all limits are kept with ease
     assert [*watched.look(HOLD_S - 1)] == [*before]
     assert watched.look(2) == {}
+
+
+def test_where_all_memory_holds_decodes_all_do_both():
+    assert Watched(kv_tokens=1000).look(LEAST_S + 2) == {}
 
 
 @pytest.mark.parametrize("lacks", ["tpot_s", "ttft_s", "output"])

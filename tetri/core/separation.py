@@ -81,7 +81,7 @@ class Separation:
             prefill=(last.arrived_s - first.arrived_s) / seconds,
             tokens=arrived / seconds * fmean(outputs),
             context=sum(load.context for load in loads.values()),
-            kv_tokens=1 << 40,
+            kv_tokens=min(load.kv_tokens for load in loads.values()),
             mean_s=mean_s,
             long_s=LONG * mean_s,
             base_s=base_s,

@@ -53,7 +53,7 @@ def ageing(prompt: QueuedPrompt, stretch: float) -> Rank:
 
 
 def deadline(prompt: QueuedPrompt, stretch: float) -> Rank:
-    """Earliest deadline first. A prompt without a deadline uses its `ageing` time instead: both are times of the same
-    clock, so both kinds of prompts can be compared, and later deadlines cannot delay it. The paper stores the SLA of a
-    request, but no policy uses it."""
+    """First the prompt whose limit of TTFT, or deadline, comes first. One with neither uses its `ageing` time instead:
+    all are times of the same clock, so all prompts can be compared, and later limits cannot delay it. The paper stores
+    the SLA of a request, but no policy uses it."""
     return (prompt.due, prompt.arrival) if prompt.due is not None else ageing(prompt, stretch)

@@ -73,7 +73,8 @@ class DecodePool:
 
 class QueuedPrompt(Value, frozen=True):
     """A request in a prefill queue. `arrival`: its position in the order of arrival. `since`: its time of arrival.
-    `work_s`: predicted seconds of its prefill. `due`: its deadline or None. Times are seconds of the worker's clock."""
+    `work_s`: predicted seconds of its prefill. `due`: when its first token is late by its limit of TTFT, or the whole
+    request by its deadline, whichever comes first; None without either. Times are seconds of the worker's clock."""
 
     key: str
     arrival: int

@@ -25,6 +25,7 @@ class Load(Record, frozen=True):
     stalled         whether the prompts wait for a decode instance to grant them, rather than for this engine
     unread          transfers in a row whose KV it could not read, from several instances and with none that it could;
                     else 0
+    kv_tokens       tokens that its KV memory holds
     context         of waiting and running: tokens of their prompts and outputs
     step_s          predicted seconds of a decode step of waiting and running; 0 without any
     share           share of its time that prefill gets while these keep their limits of TPOT, 0 to 1
@@ -52,6 +53,7 @@ class Load(Record, frozen=True):
     busy: float = 0.0
     stalled: bool = False
     unread: Count = 0
+    kv_tokens: Count = 0
     context: Count = 0
     step_s: float = 0.0
     share: float = 1.0

@@ -8,6 +8,8 @@ from tests.core.reading import added, kinds, only, sent
 from tetri.core.actions import BROKER, AddRequest, Broken, Export, Free, RequestRejected
 from tetri.core.prefill.scheduler import MOST_FAILED
 from tetri.engine_request import Sampled, Span, StepDone
+from tetri.policy.rules import Rules
+from tetri.request import Slo
 from tetri.wire.events import PeerDown
 from tetri.wire.handover import Chunk, Drop, Offer
 from tetri.wire.messages import Failed, Staged, Tokens
@@ -31,6 +33,15 @@ def test_only_prompts_that_the_ledger_has_room_for_are_started(told):
     told.tell(offer("x", prompt=20, src="d9"))  # 5 of 10 blocks
     told.tell(assign("a", prompt=2), assign("b", prompt=20), assign("c", prompt=2))
     assert [told.run(), told.run()] == [[("a", 0, 2)], [("b", 0, 8)]]
+
+
+def test_by_deadline_the_prompt_goes_first_that_is_late_first():
+    """By its limit of TTFT, or by its deadline."""
+    told = working("p1", "d1", rules=Rules(order="deadline"), capacity=capacity(blocks=60, max_batch=4), slots=30)
+    limits = {"a": (None, 5.0), "b": (9.0, 2.0), "c": (1.0, None), "d": (3.0, 4.0)}  # TTFT, deadline
+    for rid, (ttft_s, deadline_s) in limits.items():
+        told.tell(assign(rid, prompt=8).changed(slo=Slo(ttft_s=ttft_s), deadline_s=deadline_s))
+    assert [told.run()[0][0] for _ in "abcd"] == ["c", "b", "d", "a"]
 
 
 def test_no_more_legs_than_the_engine_takes_at_once(told):

@@ -103,7 +103,8 @@ class PrefillScheduler:
         own, key, prompt, output = self.own, choices[0].key, tuple(message.prompt), tuple(message.output)
         tokens = len(prompt) + len(output)
         left_s = own.cost.prompt_s(tokens, 0, own.capacity.chunk_tokens)
-        due = None if message.deadline_s is None else now + message.deadline_s
+        ends = [end_s for end_s in (message.deadline_s, message.slo.ttft_s) if end_s is not None]
+        due = now + min(ends) if ends else None
         self.arrived += 1
         self.arrived_s += left_s * self.cost.prefill
         if not message.output:

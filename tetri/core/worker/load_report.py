@@ -132,6 +132,7 @@ class LoadReporter:
         step_s, tpot_s = forecast.step_s(), _middle(self.decode.tpot_limits())
         knee = own.cost.chunk_tokens or own.capacity.chunk_tokens
         return {
+            "kv_tokens": own.capacity.tokens,
             "context": forecast.context,
             "step_s": step_s,
             "share": max(1.0 - step_s / tpot_s, 0.0) if tpot_s else 1.0,
