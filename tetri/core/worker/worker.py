@@ -224,7 +224,7 @@ class Worker:
         actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
         chunk = None
         if queued and batch.lone is None:
-            if self.role == "auto":
+            if self.role == "auto" and not batch.stuck():  # else a prompt may hold the memory that the batch needs
                 chunk = self.chunk_limit.tokens(budget - decodes, now)
             # A prompt that stays keeps its blocks: leave the batch what it will need, as a grant does.
             free = self.ledger.free - (batch.kept_free() if self.dispatcher.decodes_here else 0)
