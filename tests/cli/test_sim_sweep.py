@@ -23,7 +23,7 @@ def test_a_case_is_reported_and_another_sweep_reads_what_is_known(run, tmp_path)
     assert status == 0 and (tmp_path / "sweep.jsonl").read_bytes() == known
     (case,) = made["cases"]
     assert case["requests"] == 60 and case["ratio"] > 0.3 and len(case["arrangements"]) == 3 * 3 + 1
-    assert {check["claim"]: check["cases"] for check in made["checks"]}["mean of auto / best fixed"] == 1
+    assert {check["promise"]: check["cases"] for check in made["checks"]}["mean of auto / best fixed"] == 1
 
 
 @pytest.mark.parametrize(

@@ -72,7 +72,7 @@ def test_under_overload_nothing_is_broken():
 def test_under_faults_canaries_leave_nothing_behind_and_disturb_no_request():
     """The world checks all promises, those of each core after each event too."""
     tried = 0
-    for seed in range(16):
+    for seed in range(20):
         shape = some_shape(seed)
         world = Probed(shape.setup, shape.choosing(seed), some_faults(seed), predictor=WildPredictor)
         world.run()

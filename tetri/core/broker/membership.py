@@ -235,7 +235,7 @@ class Members:
         for pool in self._pools if self._sorted else ():
             for iid, queued_s in zip(pool.iids, pool.queued_s, strict=True):
                 if iid not in self._recounted and queued_s != self._queued_s(iid, work_ns):
-                    raise Broken(f"{iid} counts with {queued_s} s of work, but has {self._queued_s(iid, work_ns)} s")
+                    raise Broken(f"{iid}: {queued_s} s queued, counted {self._queued_s(iid, work_ns)}")
 
     def viewed(self, view: ClusterView) -> None:
         """Apply a new view: how much of its time prefill gets on each adaptive instance, and its decodes."""
