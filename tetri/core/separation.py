@@ -11,7 +11,7 @@ from tetri.policy.keep import keep
 from tetri.policy.views import ClusterLoad
 from tetri.wire.load import Load
 
-WINDOW_S = 30.0  # over which the load is measured
+WINDOW_S = 60.0  # over which the load is measured
 LEAST_S = 15.0  # of it that must have passed before the first decision
 HOLD_S = 5.0  # least time between two changes
 LONG = 1.6  # the prefill of a long prompt, over the mean

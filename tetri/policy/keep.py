@@ -12,8 +12,7 @@ from tetri.policy.views import ClusterLoad
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the prompts that decoding instances prefill
 WORST = 4.0  # time between tokens over its limit that is looked at: decodes give way as far if prompts need it
-LONG = 1.6  # the wait that counts, over the mean wait
-CALM = 0.5  # below this pressure one arrangement is as good as another
+CALM = 0.35  # below this pressure one arrangement is as good as another
 GAIN = 0.15  # by how much another arrangement must be better
 
 
@@ -64,13 +63,13 @@ def _shared(load: ClusterLoad, kept: int, decoding: int, share: float) -> float:
 
 
 def _ttft_s(load: ClusterLoad, free: float, used: float, instances: int) -> float:
-    """The TTFT that one in ten exceeds, of prompts on instances where prefill runs at `free` times its speed on an
+    """The TTFT of a long prompt after the mean wait, on instances where prefill runs at `free` times its speed on an
     instance of its own, and is busy for the share `used` of the time (Sakasegawa's formula for the M/G/k queue)."""
     if not 0 <= used < 1:
         return inf
     full: float = used ** (sqrt(2 * (instances + 1)) - 1)
     wait_s = load.mean_s / free * full / (instances * (1 - used))
-    return load.long_s / free + LONG * wait_s
+    return load.long_s / free + wait_s
 
 
 def _numbers(instances: int, now: int) -> list[int]:

@@ -22,7 +22,7 @@ from tetri.request import LengthRange, Token, blocks_for
 from tetri.wire.messages import End, TokenItem
 
 AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
-EXPECTED = 0.15  # of the usual output: tokens in which a running request may catch up with its limit
+EXPECTED = 0.5  # of the usual output: tokens in which a running request may catch up with its limit
 GAINED = 0.3  # of its limit, at least, in each of these: the batch gets smaller when no prompts join it
 Ended = list[tuple[DecodeRequest, End]]
 
