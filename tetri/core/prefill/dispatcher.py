@@ -73,7 +73,7 @@ class Dispatcher:
     @property
     def decodes_here(self) -> bool:
         """Whether this instance decodes too."""
-        return self.pool.home is not None and self.pool.home.load() is not None
+        return self.pool.home is not None and self.pool.home.decodes()
 
     def stalled(self) -> bool:
         """Return whether a started request waits for memory of a decode instance."""

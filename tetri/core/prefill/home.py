@@ -16,6 +16,9 @@ class Home(Protocol):
     def load(self) -> Load | None:
         """Return what a decode route reads of the load of this instance; None if its role takes no decodes."""
 
+    def decodes(self) -> bool:
+        """Return whether the role of this instance takes decodes."""
+
     def adapts(self) -> bool:
         """Return whether the role of this instance is auto."""
 

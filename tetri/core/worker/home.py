@@ -18,7 +18,11 @@ class WorkerHome:
 
     def load(self) -> Load | None:
         """As in Home."""
-        return self.reporter.decode_load() if self.reporter.role in DECODE_ROLES else None
+        return self.reporter.decode_load() if self.decodes() else None
+
+    def decodes(self) -> bool:
+        """As in Home."""
+        return self.reporter.role in DECODE_ROLES
 
     def adapts(self) -> bool:
         """As in Home."""
