@@ -67,7 +67,8 @@ def test_the_real_processes():
     result = CliRunner().invoke(relay.main, ["--json", "--streams", "8", "--rate", "400", "--seconds", "0.3"])
     assert result.exit_code == 0, result.stderr
     found = json.loads(result.stdout)
-    assert found["tokens_an_event"] == 1.0 and found["broker_tok_cpu_s"] > 0 and found["gateway_events_cpu_s"] > 0
+    assert found["broker_tok_cpu_s"] > 0 and found["gateway_events_cpu_s"] > 0
+    assert found["tokens_an_event"] >= 1.0  # a machine that stands still for a moment brings two in one event
 
 
 def test_a_program_that_does_not_start_is_one_line(monkeypatch):
