@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from tetri.cost import Cost
 from tetri.engine_request import Span
-from tetri.policy.chunk import SIZES, limit, pack
+from tetri.policy.chunk import ALIKE, SIZES, limit, pack
 from tetri.policy.views import MixedStep, Progress
 
 # A step of n tokens takes 0.1 s and n ms up to 512 tokens, twice as long for each token beyond; 10 decodes add 0.05 s.
@@ -27,17 +27,19 @@ def test_chunks_are_full_in_order_and_cut_only_at_their_end(sizes, chunk_tokens)
         assert span.stop == prompt.goal or span is spans[-1]
 
 
-def beside(slack_s=inf, batch=0, most=2048, start=0, cost=COST):
-    return limit(MixedStep(batch, 0, slack_s, start), cost, most)
+def beside(slack_s=inf, batch=0, pressed=False, most=2048, start=0, cost=COST):
+    return limit(MixedStep(batch, 0, slack_s, pressed, start), cost, most)
 
 
 @pytest.mark.parametrize(
     "step, right",
     [
-        ({}, 512),  # no decode has a limit: the best rate
+        ({}, 512),  # without decodes: the best rate, 1.20 ms a token
         ({"most": 300}, 300),
         ({"most": 100}, 100),
-        ({"slack_s": 9.0, "batch": 11}, 512),
+        ({"batch": 11}, 512),  # they spare 0.155 s of it: 1 ms a token up to 512 tokens
+        ({"batch": 11, "slack_s": 9.0}, 512),
+        ({"batch": 11, "pressed": True}, 512),  # 1.30 ms a token of the whole step
         ({"slack_s": 0.5}, 384),  # 0.484 s
         ({"slack_s": 0.5, "batch": 11}, 256),  # 0.055 s for the decodes, beside the fixed 0.1 s
         ({"slack_s": 0.05}, 0),
@@ -46,6 +48,20 @@ def beside(slack_s=inf, batch=0, most=2048, start=0, cost=COST):
 )
 def test_as_large_as_the_slack_of_the_decodes_allows(step, right):
     assert beside(**step) == right
+
+
+BENT = Cost(((0.0, 0.1), (128.0, 0.228), (512.0, 0.804)), COST.decode)  # 1 ms a token up to 128 tokens, then 1.5
+
+
+def test_decodes_need_a_step_anyway_so_beside_them_only_what_a_chunk_adds_counts():
+    """A whole step is cheapest with many tokens, what a chunk adds to it with few, until prompts are nearly late."""
+    steps = ({}, {"batch": 11}, {"batch": 11, "pressed": True})
+    assert [beside(most=512, cost=BENT, **step) for step in steps] == [512, 128, 512]
+
+
+def test_of_chunks_that_cost_alike_the_largest():
+    alike = Cost(((0.0, 0.1), (128.0, 0.228), (512.0, 0.650)), COST.decode)  # 1 ms a token, then 1.1: 1.075 for all
+    assert beside(batch=11, most=512, cost=alike) == 512
 
 
 def test_a_chunk_far_inside_its_prompt_takes_longer():
@@ -58,11 +74,15 @@ def test_without_a_cost_table_chunks_are_whole():
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.floats(-1.0, 3.0), st.integers(0, 11), st.integers(1, 3000))
-def test_the_best_rate_within_the_slack(slack_s, batch, most):
-    rates = {0: 0.0}
+@given(st.floats(-1.0, 3.0), st.integers(0, 11), st.booleans(), st.integers(1, 3000))
+def test_within_the_slack_no_chunk_is_much_cheaper_and_no_larger_one_as_cheap(slack_s, batch, pressed, most):
+    spared_s = 0.0 if pressed else COST.decode_s(batch, 0)
+    cost_s = {}
     for size in (*(size for size in SIZES if size < most), most):
         seconds = COST.step_s((Span("", 0, size),), batch, 0)
         if seconds <= slack_s:
-            rates[size] = size / seconds
-    assert beside(slack_s, batch, most) == max(rates, key=rates.__getitem__)
+            cost_s[size] = (seconds - spared_s) / size
+    chosen = beside(slack_s, batch, pressed, most)
+    assert chosen in cost_s or (chosen == 0 and not cost_s)
+    assert all(cost_s[chosen] <= ALIKE * each for size, each in cost_s.items() if size < chosen)
+    assert all(each > min(cost_s.values()) for size, each in cost_s.items() if size > chosen)

@@ -16,11 +16,12 @@ def pool(*queued_s, last=-1):
 
 
 def adaptives(*columns, ttft_s):
-    """Columns of (queued_s, share, decodes)."""
-    queued_s, share, decodes = (list(column) for column in zip(*columns, strict=True))
-    places = range(len(columns))
-    groups = [[place for place in places if decodes[place] == count] for count in sorted({*decodes})]
-    return PrefillPool([f"a{place}" for place in places], queued_s, share, groups, ttft_s)
+    """Columns of (queued_s, share, requests)."""
+    queued_s, share, requests = (list(column) for column in zip(*columns, strict=True))
+    groups = {}
+    for place, count in enumerate(requests):
+        groups.setdefault(count, {})[place] = None
+    return PrefillPool([f"a{place}" for place in range(len(columns))], queued_s, share, requests, groups, ttft_s)
 
 
 def test_the_least_loaded_and_the_first_of_equals_and_nobody_among_none():
@@ -54,10 +55,10 @@ def test_among_fixed_roles_the_adaptive_route_takes_the_least_loaded():
 @pytest.mark.parametrize(
     "ttft_s, columns, right",
     [
-        (8.0, [(1.0, 1.0, 5), (2.0, 1.0, 3)], 1),  # both are in time: where fewer decodes are delayed
+        (8.0, [(1.0, 1.0, 5), (2.0, 1.0, 3)], 1),  # both are in time: where fewer requests are delayed
         (8.0, [(1.0, 1.0, 5), (3.0, 1.0, 3)], 0),  # 4 s of 8 are too late
         (8.0, [(1.0, 1.0, 5), (1.1, 0.5, 3)], 0),  # decodes leave it half of its time: 4.2 s
-        (8.0, [(1.0, 0.9, 3), (0.5, 0.9, 3), (0.0, 1.0, 4)], 1),  # as many decodes: where it is computed first
+        (8.0, [(1.0, 0.9, 3), (0.5, 0.9, 3), (0.0, 1.0, 4)], 1),  # as many requests: where it is computed first
         (8.0, [(0.5, 0.9, 3), (0.5, 0.9, 3)], 0),
         (2.0, [(1.0, 1.0, 5), (0.5, 1.0, 9), (0.8, 1.0, 0)], 1),  # none is in time: where it is computed first
         (2.0, [(1.0, 1.0, 9), (0.5, 0.5, 0)], 0),
@@ -66,7 +67,7 @@ def test_among_fixed_roles_the_adaptive_route_takes_the_least_loaded():
         (8.0, [(9.0, 1.0, 0), (9.0, 1.0, 2), (0.0, 1.0, 7), (0.0, 1.0, 9)], 2),  # of the next group that is in time
     ],
 )
-def test_in_time_where_it_delays_the_fewest_decodes_else_where_it_is_computed_first(ttft_s, columns, right):
+def test_in_time_where_it_delays_the_fewest_requests_else_where_it_is_computed_first(ttft_s, columns, right):
     assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == right
 
 

@@ -143,20 +143,35 @@ def a_pool(case: Case, instances: int, rng: Random) -> DecodePool:
     return pool
 
 
+@dataclass(frozen=True)
+class Assigned:
+    """Nanoseconds of work and open requests, by instance."""
+
+    work_ns: dict[str, int]
+    held: dict[str, list[int]]
+
+    def held_by(self, iid: str) -> list[int]:
+        """The open requests of an instance."""
+        return self.held[iid]
+
+
 def broker(policy: str, role: str, case: Case, instances: int, rng: Random) -> Decide:
     """Return what decides once where a prompt is computed, and counts its work there and that of an earlier one no
     more."""
-    route, members, work_ns = PREFILL_ROUTES[policy], some_members(role, instances, rng), a_queue(case, instances, rng)
-    for iid in work_ns:
-        members.recount(iid)
+    route, members = PREFILL_ROUTES[policy], some_members(role, instances, rng)
+    assigned = Assigned(a_queue(case, instances, rng), {iid: [0] * rng.randrange(DECODES) for iid in members.by_iid})
     before = list[str]()
 
     def count(iid: str, seconds: float) -> None:
-        work_ns[iid] += round(1e9 * seconds)
+        assigned.work_ns[iid] += round(1e9 * seconds)
+        if seconds > 0:
+            assigned.held[iid].append(0)
+        else:
+            assigned.held[iid].pop()
         members.recount(iid)
 
     def decide() -> int | None:
-        pool = members.pool(PROMPT, work_ns)
+        pool = members.pool(PROMPT, assigned)
         pool.ttft_s = TTFT_S
         column = route(WORK_S, pool, rng)
         if column is not None:
@@ -195,7 +210,7 @@ def some_members(role: str, instances: int, rng: Random) -> Members:
 
 
 def _a_load(rng: Random) -> Load:
-    return Load(free_blocks=0, running=rng.randrange(DECODES), share=rng.uniform(0.6, 1.0))
+    return Load(free_blocks=0, share=rng.uniform(0.6, 1.0))
 
 
 def a_queue(case: Case, instances: int, rng: Random) -> dict[str, int]:

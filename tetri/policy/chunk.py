@@ -12,6 +12,7 @@ from tetri.policy.views import MixedStep, Progress
 
 #: Sizes that are tried beside running decodes, in tokens.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
+ALIKE = 1.1  # costs of a token up to this ratio count as equal: less is within the error of a cost table
 
 
 def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
@@ -33,12 +34,17 @@ def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
 
 def limit(step: MixedStep, cost: StepCost, most: int) -> int:
     """The size of the next chunk beside running decodes, up to `most` tokens; 0: none. Of the sizes with which the
-    decodes keep their limits of TPOT, the one with the best prefill rate."""
-    best, rate = 0, 0.0
+    decodes keep their limits of TPOT, the one whose tokens cost least: the decodes need a step without it too, so they
+    pay for what it takes longer. When prompts press, the whole step counts, so that they are computed soonest. Of
+    sizes that are about as good, the largest."""
+    spared_s = 0.0 if step.pressed else cost.step_s((), step.batch, step.context)
+    best, least = 0, inf
     for size in (*(size for size in SIZES if size < most), most):
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
         if seconds > step.slack_s:
             break
-        if not seconds or size > rate * seconds:  # without a cost table, all steps take no time
-            best, rate = size, size / seconds if seconds else inf
+        token_s = (seconds - spared_s) / size
+        if token_s <= ALIKE * least:
+            best = size
+        least = min(least, token_s)
     return best

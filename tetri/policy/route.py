@@ -22,16 +22,17 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
 
 
 def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """Of the instances that are expected to compute the prompt in time, the one where that delays the fewest decodes,
-    of these the one that computes it first; if none is, the one that computes it first. An instance is expected to
-    compute all work assigned to it in the share of its time that its decodes leave. Instances in fixed roles are taken
-    to have no decodes: among them this is `least_loaded`. Not in the paper."""
+    """Of the instances that are expected to compute the prompt in time, the one with the fewest requests, of these the
+    one that computes it first; if none is, the one that computes it first. An instance is expected to compute all work
+    assigned to it in the share of its time that its decodes leave. Instances in fixed roles, and those that keep to
+    prefill, count as having none: there a prompt delays no decode. Among fixed roles this is `least_loaded`. Not in the
+    paper."""
     if not pool.groups:
         return least_loaded(work_s, pool, rng)
     seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
     first, in_time = min(seconds), IN_TIME * pool.ttft_s
-    for group in pool.groups if first < in_time else ():
-        column = min(group, key=seconds.__getitem__)
+    for requests in sorted(pool.groups) if first < in_time else ():
+        column = min(pool.groups[requests], key=seconds.__getitem__)
         if seconds[column] < in_time:
             return column
     return seconds.index(first)

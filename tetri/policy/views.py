@@ -16,15 +16,16 @@ from tetri.request import Value
 class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
     prefill work that is assigned to it and not done. `share`: the share of its time that prefill gets there while its
-    decodes keep their limits of TPOT. `groups`: the columns with equally many decodes, ascending, those with the fewest
-    first; empty if no instance is adaptive. `ttft_s`: seconds that are left until the first token of the request is
-    late; 0 if it has no limit, or is late. `last`: the column chosen last, -1 before the first choice; the pool's owner
-    maintains it for `round_robin`."""
+    decodes keep their limits of TPOT. `requests`: the open requests of an adaptive instance that decodes, and 1; 0 for
+    any other. `groups`: the columns by `requests`; empty if no instance is adaptive. `ttft_s`: seconds that are left
+    until the first token of the request is late; 0 if it has no limit, or is late. `last`: the column chosen last, -1
+    before the first choice; the pool's owner maintains it for `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
     share: list[float] = field(default_factory=list)
-    groups: list[list[int]] = field(default_factory=list)
+    requests: list[int] = field(default_factory=list)
+    groups: dict[int, dict[int, None]] = field(default_factory=dict)
     ttft_s: float = 0.0
     last: int = -1
 
@@ -97,12 +98,14 @@ class MixedStep(Value, frozen=True):
 
     batch, context  decodes in it, and the tokens that they have in total
     slack_s         seconds that it may take so that the decodes keep their limits of TPOT; infinite without limits
+    pressed         whether a queued prompt must be computed soon, to keep its limit of TTFT
     start           tokens before the chunk in its prompt
     """
 
     batch: int
     context: int
     slack_s: float
+    pressed: bool = False
     start: int = 0
 
 

@@ -30,8 +30,18 @@ def members(*workers):
     return made
 
 
-def pool(made, tokens=1, work=None):
-    return made.pool(tokens, work or {}).iids
+class Work:
+    """What is assigned: nanoseconds of prefill by instance, and open requests."""
+
+    def __init__(self, work_ns=None, **requests):
+        self.work_ns, self.requests = work_ns or {}, requests
+
+    def held_by(self, iid):
+        return range(self.requests.get(iid, 0))
+
+
+def pool(made, tokens=1):
+    return made.pool(tokens, Work()).iids
 
 
 def test_a_prompt_goes_only_where_it_fits():
@@ -67,20 +77,20 @@ def test_only_those_whose_kv_somebody_takes():
 
 def test_work_is_told_in_seconds_and_the_last_choice_is_remembered():
     made = members(("p0", "prefill"), ("p1", "prefill"))
-    first = made.pool(1, {"p1": 2_500_000_000})
+    first = made.pool(1, Work({"p1": 2_500_000_000}))
     assert first.queued_s == [0.0, 2.5]
     first.last = 1
     for iid in ("p0", "p1"):
         made.recount(iid)
-    assert made.pool(1, {"p0": 10**9}) is first and (first.queued_s, first.last) == ([1.0, 0.0], 1)
+    assert made.pool(1, Work({"p0": 10**9})) is first and (first.queued_s, first.last) == ([1.0, 0.0], 1)
 
 
 def test_work_is_counted_where_it_has_changed_in_every_pool():
     made = members(("small", "prefill", {"capacity": capacity(blocks=2)}), ("large", "prefill"))
-    work = {"small": 10**9, "large": 2 * 10**9}
+    work = Work({"small": 10**9, "large": 2 * 10**9})
     assert [made.pool(tokens, work).queued_s for tokens in (8, 9)] == [[1.0, 2.0], [2.0]]
-    work["large"] = 3 * 10**9
-    with pytest.raises(Broken, match="large: 2.0 s queued, counted 3.0"):
+    work.work_ns["large"] = 3 * 10**9
+    with pytest.raises(Broken, match=r"large: \(2.0, 0\) are the seconds and requests of the pool, counted \(3.0, 0\)"):
         made.check(work)
     made.recount("large")
     made.check(work)
@@ -107,10 +117,10 @@ def test_a_choice_costs_no_more_the_more_instances_there_are():
 
     def work(instances):
         made = members(*[(f"a{number}", "auto") for number in range(instances)])
-        made.viewed(autos(1, **{iid: busy(running=3) for iid in made.by_iid}))
-        made.pool(1, {})
+        made.viewed(autos(1, **{iid: busy() for iid in made.by_iid}))
+        made.pool(1, Work())
         made.recount("a1")
-        return opcodes(lambda: made.pool(1, {"a1": 10**9}))
+        return opcodes(lambda: made.pool(1, Work({"a1": 10**9}, a1=3)))
 
     assert work(40) == work(4)
 
@@ -121,34 +131,49 @@ def autos(number, **loads):
     return ClusterView(epoch=1, number=number, loads=entries)
 
 
-def busy(running=0, waiting=0, share=1.0):
-    return Load(free_blocks=5, running=running, waiting=waiting, share=share)
+def busy(share=1.0):
+    return Load(free_blocks=5, share=share)
 
 
 def test_a_view_tells_how_much_time_the_decodes_of_adaptive_instances_leave():
     made = members(("a0", "auto"), ("a1", "auto"), ("a2", "auto"), ("m0", "mixed"))
-    before = made.pool(1, {})
-    assert (before.share, before.groups) == ([1.0] * 4, [])
-    made.viewed(autos(1, a0=busy(2, 1, 0.5), a1=busy(0, 3, 0.0), a2=busy(), m0=busy(9, 9, 0.1)))
-    pool = made.pool(1, {})
-    assert pool is before and pool.share == [0.5, LEAST_SHARE, 1.0, 1.0] and pool.groups == [[3], [2], [0, 1]]
-    kept = autos(2, a0=busy(2, 1, 0.5), a1=busy(), a2=busy(1)).changed(keeps={"a0": "prefill"})
-    made.viewed(kept)  # what it decodes yet does not count
-    assert pool.share == [0.5, 1.0, 1.0, 1.0] and pool.groups == [[0, 3], [1], [2]]
-    made.viewed(autos(3, a1=busy(1)))  # one that reports no more is taken to decode nothing
-    assert (pool.share, pool.groups) == ([1.0] * 4, [[0, 2, 3], [1]])
+    before = made.pool(1, Work())
+    assert before.share == [1.0] * 4
+    made.viewed(autos(1, a0=busy(share=0.5), a1=busy(share=0.0), a2=busy(), m0=busy(share=0.1)))
+    assert made.pool(1, Work()) is before and before.share == [0.5, LEAST_SHARE, 1.0, 1.0]
+    made.viewed(autos(2, a1=busy(share=0.7)))  # one that reports no more is taken to decode nothing
+    assert before.share == [1.0, 0.7, 1.0, 1.0]
 
 
-def test_who_joins_between_two_views_is_idle_and_fixed_roles_need_no_groups():
+def test_adaptive_instances_are_grouped_by_their_open_requests():
+    made = members(("a0", "auto"), ("a1", "auto"), ("a2", "auto"), ("m0", "mixed"))
+    work = Work(a0=3, a1=3, a2=1, m0=9)
+    pool = made.pool(1, work)
+    assert pool.requests == [4, 4, 2, 0] and pool.groups == {4: {0: None, 1: None}, 2: {2: None}, 0: {3: None}}
+    work.requests["a1"] = 1
+    with pytest.raises(Broken, match=r"a1: \(0.0, 4\) are the seconds and requests of the pool, counted \(0.0, 2\)"):
+        made.check(work)
+    made.recount("a1")
+    assert made.pool(1, work) is pool and pool.groups == {4: {0: None}, 2: {2: None, 1: None}, 0: {3: None}}
+    made.viewed(autos(1, a0=busy(), a1=busy(), a2=busy()).changed(keeps={"a0": "prefill"}))
+    made.check(work)
+    made.pool(1, work)  # what it decodes yet does not count
+    assert pool.requests == [0, 2, 2, 0] and pool.groups == {2: {2: None, 1: None}, 0: {3: None, 0: None}}
+    made.viewed(autos(2, a0=busy(), a1=busy(), a2=busy()))
+    assert made.pool(1, work).requests == [4, 2, 2, 0]
+    made.check(work)
+
+
+def test_who_joins_between_two_views_is_counted_and_fixed_roles_need_no_groups():
     made = members(("a0", "auto"))
-    made.viewed(autos(1, a0=busy(2, share=0.5)))
+    made.viewed(autos(1, a0=busy(share=0.5)))
     made.ready(ready("a1", "auto"), 0.0)
     made.connected("a1")
-    pool = made.pool(1, {})
-    assert (pool.iids, pool.share, pool.groups) == (["a0", "a1"], [0.5, 1.0], [[1], [0]])
+    pool = made.pool(1, Work(a0=2))
+    assert (pool.iids, pool.share, pool.groups) == (["a0", "a1"], [0.5, 1.0], {3: {0: None}, 1: {1: None}})
     made = members(("m0", "mixed"), ("m1", "mixed"))
-    made.viewed(autos(1, m0=busy(2, share=0.5)))
-    assert (made.pool(1, {}).share, made.pool(1, {}).groups) == ([1.0, 1.0], [])
+    made.viewed(autos(1, m0=busy(share=0.5)))
+    assert (made.pool(1, Work(m0=2)).share, made.pool(1, Work(m0=2)).groups) == ([1.0, 1.0], {})
 
 
 def test_a_worker_that_harms_its_kv_on_purpose_is_named():

@@ -155,7 +155,7 @@ class Broker:
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""
         self.table.check()
-        self.members.check(self.table.work_ns)
+        self.members.check(self.table)
         self.delivery.connections.check(self.table)
         self.flips.check()
         self.pair_checks.check()

@@ -86,7 +86,7 @@ class Lifecycle:
         `patience_s` timers; if an output has outgrown every prefill instance, end it with an error."""
         lead, request = choices[0], choices[0].request
         tokens = len(request.prompt) + len(lead.output)
-        pool = self.members.pool(tokens, self.table.work_ns)
+        pool = self.members.pool(tokens, self.table)
         work_s = min(max(self.costs.work_s(tokens), SHORT_S), LONG_S)
         pool.ttft_s = left(lead, now).ttft_s or 0.0
         failing = self.breaker.failing if request.avoid else self.breaker.blocked(now)

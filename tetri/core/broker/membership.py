@@ -4,8 +4,10 @@ publishes, and the pools of prefill instances that routing chooses from."""
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Sized
 from dataclasses import dataclass, field, replace
 from math import inf
+from typing import Protocol
 
 from tetri.core.actions import Action, Broken, Connect, Disconnect, Send
 from tetri.core.broker.clock_offset import ClockOffset
@@ -58,6 +60,15 @@ class Member:
         return self.instance.role
 
 
+class Assigned(Protocol):
+    """What is assigned to each instance (`requests.Table`)."""
+
+    work_ns: dict[str, int]
+
+    def held_by(self, iid: str) -> Sized:
+        """The open requests of an instance."""
+
+
 class Members:
     """All registered workers: `by_iid` includes the lost ones, `up` has those with a connection. Change either of
     them, or a role, through a method only: Membership messages and pools are derived from them. `serial` counts the
@@ -78,7 +89,7 @@ class Members:
         self._columns: list[dict[str, int]] = []  # of each pool: iid -> column
         self._recounted: dict[str, None] = {}  # instances whose queues in the pools are out of date
         self._shares: dict[str, float] = {}  # as of the newest view
-        self._decodes: dict[str, int] = {}
+        self._keeping: dict[str, str] = {}
         self._decoders: list[Capacity] = []  # of the live ones
         self._largest: dict[str, float] = {}  # phase -> tokens that its largest instance holds; inf: none is live
         self._compatible: dict[str, Compatibility] = {}  # role -> the instances that this role exchanges KV with
@@ -202,59 +213,59 @@ class Members:
 
     # ------------------------------------------------------------ pools
 
-    def pool(self, tokens: int, work_ns: dict[str, int]) -> PrefillPool:
-        """The instances that may prefill `tokens` tokens, with the prefill work assigned to each. An instance
-        qualifies if it is connected, has the memory, and can hand its KV to a live decode instance; while no decode
-        instance is live, the last condition is dropped. Returns the same object until an instance changes."""
+    def pool(self, tokens: int, assigned: Assigned) -> PrefillPool:
+        """The instances that may prefill `tokens` tokens, with what is assigned to each. An instance qualifies if it is
+        connected, has the memory, and can hand its KV to a live decode instance; while no decode instance is live, the
+        last condition is dropped. Returns the same object until an instance changes."""
         if not self._sorted:
             self._sort()
         index = bisect_left(self._limits, tokens)
         if index == len(self._limits):
             return EMPTY_POOL
         if self._recounted:
-            self._count_work(work_ns)
+            self._count(assigned)
         return self._pools[index]
 
     def recount(self, iid: str) -> None:
-        """The work assigned to an instance, or its slowness, has changed."""
+        """What is assigned to an instance, or its slowness, has changed."""
         self._recounted[iid] = None
 
-    def _count_work(self, work_ns: dict[str, int]) -> None:
-        """Update the queues that have changed: a request must not cost more, the more instances there are."""
+    def _count(self, assigned: Assigned) -> None:
+        """Update what has changed: a request must not cost more, the more instances there are."""
         for iid in self._recounted:
             for pool, columns in zip(self._pools, self._columns, strict=True):
                 if iid in columns:
-                    pool.queued_s[columns[iid]] = self._queued_s(iid, work_ns)
+                    pool.queued_s[columns[iid]] = self._queued_s(iid, assigned)
+                    if pool.groups:
+                        _regroup(pool, columns[iid], self._requests(iid, assigned))
         self._recounted = {}
 
-    def _queued_s(self, iid: str, work_ns: dict[str, int]) -> float:
-        return 1e-9 * work_ns.get(iid, 0) * self.by_iid[iid].slowness
+    def _queued_s(self, iid: str, assigned: Assigned) -> float:
+        return 1e-9 * assigned.work_ns.get(iid, 0) * self.by_iid[iid].slowness
 
-    def check(self, work_ns: dict[str, int]) -> None:
-        """Raise Broken when a queue in a pool is out of date and nobody has said so."""
+    def _requests(self, iid: str, assigned: Assigned) -> int:
+        """The open requests of an adaptive instance that decodes, and 1; 0 for any other."""
+        adaptive = self.by_iid[iid].role == "auto" and iid not in self._keeping
+        return 1 + len(assigned.held_by(iid)) if adaptive else 0
+
+    def check(self, assigned: Assigned) -> None:
+        """Raise Broken when a count in a pool is out of date and nobody has said so."""
         for pool in self._pools if self._sorted else ():
-            for iid, queued_s in zip(pool.iids, pool.queued_s, strict=True):
-                if iid not in self._recounted and queued_s != self._queued_s(iid, work_ns):
-                    raise Broken(f"{iid}: {queued_s} s queued, counted {self._queued_s(iid, work_ns)}")
+            for column, iid in enumerate(pool.iids):
+                if iid not in self._recounted:
+                    found = (pool.queued_s[column], pool.requests[column])
+                    right = (self._queued_s(iid, assigned), self._requests(iid, assigned) if pool.groups else 0)
+                    if found != right or (pool.groups and column not in pool.groups[found[1]]):
+                        raise Broken(f"{iid}: {found} are the seconds and requests of the pool, counted {right}")
 
     def viewed(self, view: ClusterView) -> None:
-        """Apply a new view: how much of its time prefill gets on each adaptive instance, and its decodes."""
-        loads = {each.iid: each.load for each in view.loads if each.role == "auto"}
-        self._shares = {iid: max(load.share, LEAST_SHARE) for iid, load in loads.items()}
-        self._decodes = {
-            iid: 0 if iid in view.keeps else 1 + load.running + load.waiting for iid, load in loads.items()
-        }
+        """Apply a new view: how much of its time prefill gets on each adaptive instance, and which keep to prefill."""
+        self._shares = {each.iid: max(each.load.share, LEAST_SHARE) for each in view.loads if each.role == "auto"}
+        for iid in self._keeping.keys() ^ view.keeps.keys():
+            self.recount(iid)
+        self._keeping = view.keeps
         for pool in self._pools:
-            self._share(pool)
-
-    def _share(self, pool: PrefillPool) -> None:
-        """Set what the newest view says of the adaptive instances of a pool: once a view, not once a request."""
-        groups: dict[int, list[int]] = {}
-        if self._shares:
-            for column, iid in enumerate(pool.iids):
-                groups.setdefault(self._decodes.get(iid, 0), []).append(column)
-        pool.share = [self._shares.get(iid, 1.0) for iid in pool.iids]
-        pool.groups = [groups[decodes] for decodes in sorted(groups)]
+            pool.share = [self._shares.get(iid, 1.0) for iid in pool.iids]
 
     def too_long(self, prompt: int, total: int) -> str | None:
         """Why no live instance can hold a request of `prompt` prompt tokens and `total` tokens; None if one can."""
@@ -324,12 +335,17 @@ class Members:
                 able.append((min(_prompt_limit(instance.capacity, alone), instance.capacity.context - 1), instance.iid))
         self._limits = sorted({limit: None for limit, _ in able})
         pools = ([iid for limit, iid in able if limit >= least] for least in self._limits)
-        self._pools = [PrefillPool(iids, [0.0] * len(iids)) for iids in pools]
+        self._pools = [self._new_pool(iids) for iids in pools]
         self._columns = [{iid: column for column, iid in enumerate(pool.iids)} for pool in self._pools]
         self._recounted = dict.fromkeys(self.by_iid)
-        for pool in self._pools:
-            self._share(pool)
         self._sorted = True
+
+    def _new_pool(self, iids: list[str]) -> PrefillPool:
+        """A pool in which nothing is counted yet. Without an adaptive instance it has no groups."""
+        grouped = any(self.by_iid[iid].role == "auto" for iid in iids)
+        groups = {0: dict.fromkeys(range(len(iids)))} if grouped else {}
+        share = [self._shares.get(iid, 1.0) for iid in iids]
+        return PrefillPool(iids, [0.0] * len(iids), share, [0] * len(iids), groups)
 
     # ------------------------------------------------------------ status
 
@@ -361,6 +377,16 @@ class Members:
         if not self._sorted:
             self._sort()
         return NONE_FOUND if member.lost is not None else self._compatible[member.role].others(member.instance)
+
+
+def _regroup(pool: PrefillPool, column: int, requests: int) -> None:
+    """Move a column to the group of those with so many requests."""
+    group = pool.groups[pool.requests[column]]
+    del group[column]
+    if not group:
+        del pool.groups[pool.requests[column]]
+    pool.requests[column] = requests
+    pool.groups.setdefault(requests, {})[column] = None
 
 
 def _unlinked(member: Member) -> str:

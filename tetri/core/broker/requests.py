@@ -226,9 +226,9 @@ class Table:
     `unplaced`: open choices without a prefill instance, in the order in which they came to be so. `work_ns`: predicted
     nanoseconds of prefill by instance, of all choices assigned to it that have no token of this attempt yet; an
     instance without such work is not in it. `moved` is called whenever a choice has entered a stage or has got another
-    holder, `recount` whenever the work of an instance has changed. `weight`: the memory of all requests, in bytes. An
-    open choice counts with all the output that it may still get, so the broker never needs more than it has accepted;
-    an ended one with what it has."""
+    holder, `recount` whenever the work or the choices of an instance have changed. `weight`: the memory of all
+    requests, in bytes. An open choice counts with all the output that it may still get, so the broker never needs more
+    than it has accepted; an ended one with what it has."""
 
     def __init__(self, moved: Callable[[Choice, float], None], recount: Callable[[str], None]) -> None:
         self.moved, self.recount = moved, recount
@@ -345,8 +345,10 @@ class Table:
                 del held[choice.id]
                 if not held:
                     del self._held[choice.listed]
+                self.recount(choice.listed)
             if holder is not None:
                 self._held.setdefault(holder, {})[choice.id] = choice
+                self.recount(holder)
             choice.listed = holder
         if computing != choice.counted:
             self._count(choice, computing)

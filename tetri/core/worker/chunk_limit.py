@@ -25,8 +25,9 @@ class ChunkLimit:
         miss its limit."""
         first = next(self.prefill.in_order(), None)
         start = 0 if first is None else first.done
-        slack_s = self.batch.slack_s(now, self._pressing(now))
-        step = MixedStep(len(self.batch.running), self.batch.forecast.context, slack_s, start)
+        pressing = self._pressing(now)
+        slack_s = self.batch.slack_s(now, pressing)
+        step = MixedStep(len(self.batch.running), self.batch.forecast.context, slack_s, pressing > 0, start)
         return limit(step, self.cost, most)
 
     def _pressing(self, now: float) -> int:
