@@ -97,6 +97,12 @@ class Cost:
         last = self._prefill_at[rest] if rest else 0.0
         return self._prefill_at[chunk_tokens] * whole + last + self.prefill_start_s * pairs
 
+    def shared_s(self, tokens: int, chunk_tokens: int) -> float:
+        """Seconds of prefill for a prompt in chunks that other prompts fill up: its part of these."""
+        whole, rest = divmod(tokens, chunk_tokens)
+        first_s = self.prompt_s(whole * chunk_tokens, 0, chunk_tokens)
+        return first_s + self._prefill_at[chunk_tokens] * rest / chunk_tokens if rest else first_s
+
     def predict_s(self, tokens: int) -> float:
         """Seconds that the length predictor runs for one prompt of `tokens` tokens."""
         return self.predictor_s + self.predictor_token_s * tokens

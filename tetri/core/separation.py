@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
-from statistics import fmean, median
+from dataclasses import dataclass, replace
+from statistics import median
 
 from tetri.policy.keep import keep
 from tetri.policy.views import ClusterLoad
@@ -25,6 +25,8 @@ class _Totals:
     at: float
     arrived: int = 0
     arrived_s: float = 0.0
+    ended: int = 0
+    ended_tokens: int = 0
 
 
 class Separation:
@@ -58,18 +60,19 @@ class Separation:
             if before is not None:
                 totals.arrived += max(load.arrived - before.arrived, 0)
                 totals.arrived_s += max(load.arrived_s - before.arrived_s, 0.0)
+                totals.ended += max(load.ended - before.ended, 0)
+                totals.ended_tokens += max(load.ended_tokens - before.ended_tokens, 0)
         self._seen = dict(loads)
-        self._window.append(_Totals(now, totals.arrived, totals.arrived_s))
+        self._window.append(replace(totals))
         while now - self._window[0].at > WINDOW_S:
             self._window.popleft()
 
     def _load(self, loads: Mapping[str, Load], now: float) -> ClusterLoad | None:
         first, last = self._window[0], self._totals
-        seconds, arrived = now - first.at, last.arrived - first.arrived
+        seconds, arrived, ended = now - first.at, last.arrived - first.arrived, last.ended - first.ended
         decoding = [load for load in loads.values() if load.tpot_s]
         prompting = [load.ttft_s for load in loads.values() if load.ttft_s]
-        outputs = [load.output for load in loads.values() if load.output]
-        if len(loads) < 2 or seconds < LEAST_S or not (arrived and decoding and prompting and outputs):
+        if len(loads) < 2 or seconds < LEAST_S or not (arrived and ended and decoding and prompting):
             return None
         requests = sum(load.waiting + load.running for load in decoding)
         base_s = median(load.base_s for load in decoding)
@@ -79,7 +82,8 @@ class Separation:
         return ClusterLoad(
             instances=len(loads),
             prefill=(last.arrived_s - first.arrived_s) / seconds,
-            tokens=arrived / seconds * fmean(outputs),
+            requests=arrived / seconds,
+            output=(last.ended_tokens - first.ended_tokens) / ended,
             context=sum(load.context for load in loads.values()),
             kv_tokens=min(load.kv_tokens for load in loads.values()),
             mean_s=mean_s,

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 
 from tetri.cost import StepCost
 from tetri.engine_request import Span
@@ -13,6 +12,7 @@ from tetri.policy.views import MixedStep, Progress
 #: Sizes that are tried beside running decodes, in tokens.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 ALIKE = 1.1  # costs of a token up to this ratio count as equal: less is within the error of a cost table
+ENDING = 1.25  # as ALIKE, for a chunk that ends a prompt: its last tokens would take another step
 
 
 def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
@@ -36,15 +36,14 @@ def limit(step: MixedStep, cost: StepCost, most: int) -> int:
     """The size of the next chunk beside running decodes, up to `most` tokens; 0: none. Of the sizes with which the
     decodes keep their limits of TPOT, the one whose tokens cost least: the decodes need a step without it too, so they
     pay for what it takes longer. When prompts press, the whole step counts, so that they are computed soonest. Of
-    sizes that are about as good, the largest."""
+    sizes that are about as good, the largest; one that ends a prompt may cost more."""
     spared_s = 0.0 if step.pressed else cost.step_s((), step.batch, step.context)
-    best, least = 0, inf
-    for size in (*(size for size in SIZES if size < most), most):
+    sizes = {**dict.fromkeys((*SIZES, most), ALIKE), **dict.fromkeys(step.ends, ENDING)}
+    costs = list[tuple[int, float]]()
+    for size in sorted(sizes):
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
-        if seconds > step.slack_s:
+        if size > most or seconds > step.slack_s:
             break
-        token_s = (seconds - spared_s) / size
-        if token_s <= ALIKE * least:
-            best = size
-        least = min(least, token_s)
-    return best
+        costs.append((size, (seconds - spared_s) / size))
+    least = min((token_s for _, token_s in costs), default=0.0)
+    return max((size for size, token_s in costs if token_s <= sizes[size] * least), default=0)

@@ -6,24 +6,28 @@ many as the prompts need is the paper's split.
 
 from __future__ import annotations
 
-from math import inf, sqrt
+from math import hypot, inf, sqrt
 
 from tetri.policy.views import ClusterLoad
 
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the prompts that decoding instances prefill
 WORST = 4.0  # time between tokens over its limit that is looked at: decodes give way as far if prompts need it
-CALM = 0.35  # below this pressure one arrangement is as good as another
-GAIN = 0.15  # by how much another arrangement must be better
+LATE = 1.28  # of ten requests one meets a load that is so many standard deviations above its mean
+VARIED = 1.5  # 1 + the squared coefficient of variation of the prefill of a prompt
+CALM = 0.6  # below this pressure one arrangement is as good as another
+GAIN = 0.1  # by how much another arrangement must be better
 
 
 def keep(load: ClusterLoad, now: int) -> int:
-    """How many instances should keep to prefill, when `now` do: none while all limits are kept with ease, else the
-    number with the least pressure, unless it is hardly better than that of now."""
+    """How many instances should keep to prefill, when `now` do: none while all limits are kept with ease or where that
+    is hardly better, else the number with the least pressure, unless it is hardly better than that of now."""
     pressures = {kept: pressure(load, kept) for kept in _numbers(load.instances, now)}
     if pressures[0] <= (CALM if now else CALM + GAIN):
         return 0
     best = min(pressures, key=lambda kept: (pressures[kept], kept))
-    return best if pressures[best] < (1 - GAIN) * pressures[now] else now
+    if pressures[best] >= (1 - (GAIN / 2 if now else GAIN)) * pressures[0]:
+        return 0
+    return best if not now or pressures[best] < (1 - GAIN) * pressures[now] else now
 
 
 def pressure(load: ClusterLoad, kept: int) -> float:
@@ -37,15 +41,20 @@ def pressure(load: ClusterLoad, kept: int) -> float:
 
 def _shared(load: ClusterLoad, kept: int, decoding: int, share: float) -> float:
     """The pressure if the decoding instances prefill this share of the prompts."""
-    own = load.prefill * load.beside * share / decoding  # of their time
-    left = 1.0 - own - load.tokens * load.request_s / decoding
+    tokens = load.requests * load.output / decoding  # a second, of each
+    own = load.prefill * load.beside * share / decoding  # of its time
+    left = 1.0 - own - tokens * load.request_s
     alone = _ttft_s(load, 1.0, load.prefill * (1 - share) / kept, kept) / load.ttft_s if share < 1 else 0.0
     if left <= 0 or alone == inf:
         return inf
     step_s = load.base_s / left  # a decode step, with its part of the chunks
+    decodes = tokens * step_s
+    prompts = load.requests * share / decoding * load.output * step_s  # that arrive while a request decodes
+    varied = own * sqrt(VARIED / prompts) if share else 0.0
+    step_s *= 1.0 + LATE / left * hypot(varied, tokens * load.request_s / sqrt(max(decodes, 1.0)))
     if share == 0:
         return max(alone, step_s / load.tpot_s)
-    decode_s = load.base_s + load.request_s * load.tokens * step_s / decoding  # without it
+    decode_s = load.base_s + load.request_s * decodes  # without it
 
     def beside(pace: float) -> float:
         """The TTFT over its limit if decodes may wait `pace` times their limit for each token."""

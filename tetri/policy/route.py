@@ -11,7 +11,7 @@ from random import Random
 
 from tetri.policy.views import PrefillPool
 
-IN_TIME = 0.5  # share of the time that is left for the first token in which a prompt is expected to be computed
+IN_TIME = (0.5, 1.0)  # shares of the time that is left for the first token in which a prompt should be computed
 
 
 def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
@@ -22,19 +22,20 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
 
 
 def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """Of the instances that are expected to compute the prompt in time, the one with the fewest requests, of these the
-    one that computes it first; if none is, the one that computes it first. An instance is expected to compute all work
+    """Of the instances that are expected to compute the prompt in half of its time, the one with the fewest requests, of
+    these the one that computes it first; else in all of its time; if none is, the one that computes it first. An instance is expected to compute all work
     assigned to it in the share of its time that its decodes leave. Instances in fixed roles, and those that keep to
     prefill, count as having none: there a prompt delays no decode. Among fixed roles this is `least_loaded`. Not in the
     paper."""
     if not pool.groups:
         return least_loaded(work_s, pool, rng)
     seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
-    first, in_time = min(seconds), IN_TIME * pool.ttft_s
-    for requests in sorted(pool.groups) if first < in_time else ():
-        column = min(pool.groups[requests], key=seconds.__getitem__)
-        if seconds[column] < in_time:
-            return column
+    first = min(seconds)
+    for in_time in (share * pool.ttft_s for share in IN_TIME):
+        for requests in sorted(pool.groups) if first < in_time else ():
+            column = min(pool.groups[requests], key=seconds.__getitem__)
+            if seconds[column] < in_time:
+                return column
     return seconds.index(first)
 
 

@@ -100,6 +100,7 @@ class MixedStep(Value, frozen=True):
     slack_s         seconds that it may take so that the decodes keep their limits of TPOT; infinite without limits
     pressed         whether a queued prompt must be computed soon, to keep its limit of TTFT
     start           tokens before the chunk in its prompt
+    ends            sizes of the chunk with which it ends a queued prompt
     """
 
     batch: int
@@ -107,6 +108,7 @@ class MixedStep(Value, frozen=True):
     slack_s: float
     pressed: bool = False
     start: int = 0
+    ends: tuple[int, ...] = ()
 
 
 class ClusterLoad(Value, frozen=True):
@@ -114,7 +116,8 @@ class ClusterLoad(Value, frozen=True):
 
     instances   how many there are
     prefill     seconds of prefill that arrive in a second, predicted for chunks without decodes
-    tokens      output tokens a second, of all
+    requests    that arrive in a second
+    output      tokens that a request writes, on average
     context     tokens of all requests that decode or wait for it
     kv_tokens   that one instance holds
     mean_s, long_s    seconds of the prefill of a prompt: the mean, and that of a long one
@@ -125,7 +128,8 @@ class ClusterLoad(Value, frozen=True):
 
     instances: int
     prefill: float
-    tokens: float
+    requests: float
+    output: float
     context: int
     kv_tokens: int
     mean_s: float

@@ -32,8 +32,9 @@ class Load(Record, frozen=True):
     base_s          predicted seconds of a decode step of one request without context
     chunk_s         predicted seconds of the chunk with the best prefill rate, without decodes
     arrived         requests that were ever assigned to it
-    arrived_s       predicted seconds of their prefill
-    output          mean output tokens of the requests that have ended here lately; 0 before the first
+    arrived_s       predicted seconds of their prefill in full chunks
+    ended           requests that have ever ended here with all their output
+    ended_tokens    their output tokens
     ttft_s          the limit of TTFT of the last request that was assigned to it; 0: it had none
     tpot_s          of waiting and running: the median limit of TPOT; 0: none is here, or they have none
     """
@@ -61,6 +62,7 @@ class Load(Record, frozen=True):
     chunk_s: float = 0.0
     arrived: Count = 0
     arrived_s: float = 0.0
-    output: float = 0.0
+    ended: Count = 0
+    ended_tokens: Count = 0
     ttft_s: float = 0.0
     tpot_s: float = 0.0

@@ -22,6 +22,7 @@ class LoadForecast:
     heavy     requests that are predicted to be heavy decodes
     growth    blocks that all requests are predicted to need in addition
     left      output tokens that all requests are predicted to write from now on
+    ended, ended_tokens  requests that have ended here, ever, and their output tokens
     usual_output  mean length of the outputs that have ended here lately, in tokens; 0 before the first
     context   tokens of all prompts and outputs
 
@@ -32,6 +33,7 @@ class LoadForecast:
     def __init__(self, own: Identity, cost: CorrectedCost, estimator: LengthEstimator | None = None) -> None:
         self.own, self.cost, self.estimator = own, cost, estimator
         self.requests = self.heavy = self.growth = self.left = self.context = 0
+        self.ended = self.ended_tokens = 0
         self.usual_output = 0.0
 
     def enter(self, request: DecodeRequest) -> None:
@@ -47,8 +49,10 @@ class LoadForecast:
         self.context -= request.size
         self.requests -= 1
 
-    def ended(self, tokens: int) -> None:
+    def learn(self, tokens: int) -> None:
         """Learn from an output that has ended with so many tokens."""
+        self.ended += 1
+        self.ended_tokens += tokens
         self.usual_output += (tokens - self.usual_output) * (LEARNED if self.usual_output else 1.0)
 
     def wrote(self, tokens: int) -> None:

@@ -81,7 +81,7 @@ class DecodeScheduler:
     def _finish(self, request: DecodeRequest, end: End) -> None:
         self.hand_overs.leave(request)
         if end.error is None:
-            self.forecast.ended(request.written)
+            self.forecast.learn(request.written)
         if self.estimator is not None and end.error is not None:
             self.estimator.forget(request.offer.rid)
         elif self.estimator is not None and not request.offer.sampling.ignore_eos:

@@ -38,7 +38,7 @@ class PrefillScheduler:
     choices    the same by the keys of all their choices, closed ones included
     expected   the planned chunk
     budget     tokens of the planned step that prefill may use
-    arrived    requests that were ever assigned, and `arrived_s` the predicted seconds of their prefill
+    arrived    requests that were ever assigned, and `arrived_s` the predicted seconds of their prefill in full chunks
     ttft_s     the limit of TTFT of the last of them; 0: it had none
     """
 
@@ -106,7 +106,7 @@ class PrefillScheduler:
         ends = [end_s for end_s in (message.deadline_s, message.slo.ttft_s) if end_s is not None]
         due = now + min(ends) if ends else None
         self.arrived += 1
-        self.arrived_s += left_s * self.cost.prefill
+        self.arrived_s += own.cost.shared_s(tokens, own.capacity.chunk_tokens) * self.cost.prefill
         if not message.output:
             self.ttft_s = message.slo.ttft_s or 0.0
         queued = QueuedPrompt(key, self._arrivals, tokens, now, left_s * self.cost.prefill, due)

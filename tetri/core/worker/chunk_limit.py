@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from itertools import islice
+from itertools import accumulate, islice, takewhile
 
 from tetri.core.decode.batch import Batch
+from tetri.core.prefill.request import PrefillRequest
 from tetri.core.prefill.scheduler import PrefillScheduler
 from tetri.cost import CorrectedCost
 from tetri.policy.chunk import limit
@@ -23,14 +24,16 @@ class ChunkLimit:
     def tokens(self, most: int, now: float) -> int:
         """Return the most prompt tokens of the next step, up to `most`. For each prompt that presses, one decode may
         miss its limit."""
-        first = next(self.prefill.in_order(), None)
-        start = 0 if first is None else first.done
-        pressing = self._pressing(now)
-        slack_s = self.batch.slack_s(now, pressing)
-        step = MixedStep(len(self.batch.running), self.batch.forecast.context, slack_s, pressing > 0, start)
+        queued = [*islice(self.prefill.in_order(), LOOKED_AT)]
+        start, left = queued[0].done if queued else 0, [request.goal - request.done for request in queued]
+        ends = takewhile(lambda size: size <= most, accumulate(left))
+        pressing = sum(_presses(request, now) for request in queued)
+        batch, slack_s = self.batch, self.batch.slack_s(now, pressing)
+        context = batch.forecast.context
+        step = MixedStep(len(batch.running), context, slack_s, pressing > 0, start, tuple(ends))
         return limit(step, self.cost, most)
 
-    def _pressing(self, now: float) -> int:
-        queued = islice(self.prefill.in_order(), LOOKED_AT)
-        limits = [(request.queued.since, request.slo.ttft_s) for request in queued]
-        return sum(ttft_s is not None and now - since > PRESSING * ttft_s for since, ttft_s in limits)
+
+def _presses(request: PrefillRequest, now: float) -> bool:
+    ttft_s = request.slo.ttft_s
+    return ttft_s is not None and now - request.queued.since > PRESSING * ttft_s

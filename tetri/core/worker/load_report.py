@@ -140,7 +140,8 @@ class LoadReporter:
             "chunk_s": self.cost.chunk_s((Span("", 0, knee),)),
             "arrived": prefill.arrived,
             "arrived_s": prefill.arrived_s,
-            "output": forecast.usual_output,
+            "ended": forecast.ended,
+            "ended_tokens": forecast.ended_tokens,
             "ttft_s": prefill.ttft_s,
             "tpot_s": tpot_s,
         }
