@@ -6,7 +6,7 @@ from tetri.core.separation import HOLD_S, LEAST_S, WINDOW_S, Separation
 from tetri.policy.keep import keep
 from tetri.wire.load import Load
 
-SECOND = {"arrived": 3, "arrived_s": 0.5}  # what arrives at each of four instances in a second
+SECOND = {"arrived": 3, "arrived_s": 0.5, "ended": 2, "ended_tokens": 60}  # at each of four instances in a second
 
 
 class Watched:
@@ -21,7 +21,7 @@ class Watched:
         """One that decodes `number` requests, with little time between two tokens."""
         usual = {"free_blocks": 9, "running": 5 + number, "base_s": 0.05, "step_s": 0.06}
         usual |= {"context": 900, "kv_tokens": 4000}
-        usual |= {"chunk_s": 0.3, "output": 30.0, "ttft_s": 2.0, "tpot_s": 0.07}
+        usual |= {"chunk_s": 0.3, "ttft_s": 2.0, "tpot_s": 0.07}
         counts = {name: type(each)(each * self.arrived) for name, each in SECOND.items()}
         return Load(**{**usual, **counts, **self.changes})
 
@@ -58,9 +58,9 @@ def test_where_all_memory_holds_decodes_all_do_both():
     assert Watched(kv_tokens=1000).look(LEAST_S + 2) == {}
 
 
-@pytest.mark.parametrize("lacks", ["tpot_s", "ttft_s", "output"])
+@pytest.mark.parametrize("lacks", ["tpot_s", "ttft_s", "ended"])
 def test_without_limits_or_outputs_all_do_both(lacks):
-    assert Watched(**{lacks: 0.0}).look(LEAST_S + 2) == {}
+    assert Watched(**{lacks: 0}).look(LEAST_S + 2) == {}
 
 
 def test_one_alone_does_both():
@@ -82,9 +82,8 @@ def test_when_others_go_one_at_least_decodes():
 def test_old_load_is_forgotten_and_a_restarted_instance_counts_from_zero():
     watched = Watched()
     assert watched.look(LEAST_S + 2)
-    watched.changes = {"arrived": 0, "arrived_s": 0.0}  # they have restarted, and nothing arrives
-    before = watched.look(1)
-    assert before and watched.look(WINDOW_S) == before  # without any arrivals nothing is judged
+    watched.changes = dict.fromkeys(SECOND, 0)  # they have restarted, and nothing arrives
+    assert watched.look(1) and watched.look(WINDOW_S) == {}  # there is less and less in the window
 
 
 def test_the_decision_is_the_policy_s(monkeypatch):
@@ -95,5 +94,5 @@ def test_the_decision_is_the_policy_s(monkeypatch):
     load = asked[-1]
     assert (load.instances, load.context, load.base_s) == (4, 3600, 0.05)
     assert load.prefill == pytest.approx(2.0, rel=0.05) and load.mean_s == pytest.approx(0.5 / 3, rel=0.05)
-    assert load.tokens == pytest.approx(360, rel=0.05)
+    assert load.requests == pytest.approx(12, rel=0.05) and load.output == pytest.approx(30)
     assert load.request_s == pytest.approx(0.04 / 26) and load.beside == pytest.approx(1 - 0.05 / 0.3)

@@ -14,7 +14,8 @@ from tetri.policy.views import ClusterLoad
 CALM_LOAD = ClusterLoad(
     instances=4,
     prefill=0.4,
-    tokens=40.0,
+    requests=2.0,
+    output=20.0,
     context=1000,
     kv_tokens=10**6,
     mean_s=0.2,
@@ -25,7 +26,7 @@ CALM_LOAD = ClusterLoad(
     ttft_s=2.0,
     tpot_s=0.15,
 )
-BOTH = {"prefill": 1.5, "tokens": 300.0, "tpot_s": 0.06}  # many prompts, and no time for them between two tokens
+BOTH = {"prefill": 1.5, "requests": 15.0, "tpot_s": 0.06}  # many prompts, and no time for them between two tokens
 
 
 def load(**changes):
@@ -52,7 +53,7 @@ def test_the_more_prompts_the_more_instances_keep_to_prefill():
     assert wanted == sorted(wanted) and wanted[0] < wanted[-1]
 
 
-@pytest.mark.parametrize("change", [{"prefill": 5.0}, {"tokens": 4000.0}, {"context": 4 * 10**6 + 1}])
+@pytest.mark.parametrize("change", [{"prefill": 5.0}, {"requests": 200.0}, {"context": 4 * 10**6 + 1}])
 def test_a_load_beyond_what_there_is_changes_nothing(change):
     assert pressures(**change) == [inf] * 4
     assert [keep(load(**change), now) for now in range(4)] == [0, 1, 2, 3]
@@ -76,7 +77,7 @@ AMOUNT = st.floats(0.01, 4.0)
 @settings(deadline=None, derandomize=True)
 @given(AMOUNT, st.floats(1.0, 2000.0), st.floats(0.03, 0.5), st.floats(0.3, 9.0), st.integers(2, 40), st.data())
 def test_one_decodes_always_and_no_choice_is_much_better(prefill, tokens, tpot_s, ttft_s, instances, data):
-    made = load(prefill=prefill, tokens=tokens, tpot_s=tpot_s, ttft_s=ttft_s, instances=instances)
+    made = load(prefill=prefill, requests=tokens / 20, tpot_s=tpot_s, ttft_s=ttft_s, instances=instances)
     now = data.draw(st.integers(0, instances - 1))
     chosen = keep(made, now)
     assert 0 <= chosen < instances
@@ -87,9 +88,28 @@ def test_one_decodes_always_and_no_choice_is_much_better(prefill, tokens, tpot_s
 
 
 @settings(deadline=None, derandomize=True)
-@given(AMOUNT, st.floats(1.0, 2000.0), st.integers(0, 3), st.sampled_from(["prefill", "tokens", "ttft_s", "tpot_s"]))
-def test_more_load_or_a_tighter_limit_is_never_less_pressure(prefill, tokens, kept, name):
-    made = load(prefill=prefill, tokens=tokens)
-    factor = 0.8 if name.endswith("_s") else 1.25
-    worse = replace(made, **{name: factor * getattr(made, name)})
+@given(AMOUNT, st.floats(0.05, 100.0), st.integers(0, 3), st.sampled_from(["load", "prefill", "ttft_s", "tpot_s"]))
+def test_more_load_or_a_tighter_limit_is_never_less_pressure(prefill, requests, kept, name):
+    made = load(prefill=prefill, requests=requests)
+    factors = {"load": {"prefill": 1.25, "requests": 1.25}, "prefill": {"prefill": 1.25}}.get(name, {name: 0.8})
+    worse = replace(made, **{of: factor * getattr(made, of) for of, factor in factors.items()})
     assert pressure(worse, kept) >= pressure(made, kept) * 0.98  # as near as the pace is found
+
+
+def test_time_between_tokens_is_judged_by_what_one_request_in_ten_meets():
+    """The fewer prompts arrive while a request decodes, the more their work differs between requests."""
+    few, many = (pressure(load(prefill=1.5, requests=requests, request_s=0.0), 0) for requests in (1.0, 20.0))
+    assert few > many > 0
+
+
+def test_leaving_the_split_for_all_doing_both_needs_less_than_going_there():
+    pressures_now = {0: 1.0, 1: 0.93, 2: 2.0, 3: 2.0}
+    assert [keep_at(pressures_now, now) for now in range(4)] == [0, 1, 1, 1]
+    assert [keep_at({**pressures_now, 1: 0.96}, now) for now in range(4)] == [0, 0, 0, 0]
+    assert keep_at({**pressures_now, 1: 0.89}, 0) == 1
+
+
+def keep_at(pressures, now):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tetri.policy.keep.pressure", lambda load, kept: pressures[kept])
+        return keep(CALM_LOAD, now)

@@ -60,7 +60,9 @@ def test_among_fixed_roles_the_adaptive_route_takes_the_least_loaded():
         (8.0, [(1.0, 1.0, 5), (1.1, 0.5, 3)], 0),  # decodes leave it half of its time: 4.2 s
         (8.0, [(1.0, 0.9, 3), (0.5, 0.9, 3), (0.0, 1.0, 4)], 1),  # as many requests: where it is computed first
         (8.0, [(0.5, 0.9, 3), (0.5, 0.9, 3)], 0),
-        (2.0, [(1.0, 1.0, 5), (0.5, 1.0, 9), (0.8, 1.0, 0)], 1),  # none is in time: where it is computed first
+        (3.0, [(1.0, 1.0, 5), (0.5, 1.0, 9), (0.8, 1.0, 0)], 2),  # none has it in half of the time, all do in time
+        (3.0, [(1.0, 1.0, 5), (0.4, 1.0, 9), (3.0, 1.0, 0)], 1),  # in half of the time, so the others do not matter
+        (1.5, [(1.0, 1.0, 5), (0.5, 1.0, 9), (0.8, 1.0, 0)], 1),  # none is in time: where it is computed first
         (2.0, [(1.0, 1.0, 9), (0.5, 0.5, 0)], 0),
         (0.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),  # it has no limit, or is late
         (-5.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),
@@ -80,7 +82,9 @@ def test_no_other_instance_suits_the_prompt_better(columns, ttft_s):
     def seconds(place):
         return (columns[place][0] + 1.0) / columns[place][1]
 
-    able = [place for place in range(len(columns)) if seconds(place) < IN_TIME * ttft_s]
-    ranks = {place: (place not in able, columns[place][2] if place in able else 0, seconds(place), place)
-             for place in range(len(columns))}  # fmt: skip
+    def rank(place):
+        late = sum(seconds(place) >= share * ttft_s for share in IN_TIME)
+        return late, columns[place][2] if late < len(IN_TIME) else 0, seconds(place), place
+
+    ranks = {place: rank(place) for place in range(len(columns))}
     assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == min(ranks, key=ranks.__getitem__)

@@ -143,7 +143,7 @@ def a_pool(case: Case, instances: int, rng: Random) -> DecodePool:
     return pool
 
 
-@dataclass(frozen=True)
+@dataclass
 class Assigned:
     """Nanoseconds of work and open requests, by instance."""
 

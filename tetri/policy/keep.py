@@ -20,11 +20,14 @@ GAIN = 0.1  # by how much another arrangement must be better
 
 def keep(load: ClusterLoad, now: int) -> int:
     """How many instances should keep to prefill, when `now` do: none while all limits are kept with ease or where that
-    is hardly better, else the number with the least pressure, unless it is hardly better than that of now."""
+    is hardly better, else the number with the least pressure, unless it is hardly better than that of now. A load that
+    is too high for any number changes nothing."""
     pressures = {kept: pressure(load, kept) for kept in _numbers(load.instances, now)}
     if pressures[0] <= (CALM if now else CALM + GAIN):
         return 0
     best = min(pressures, key=lambda kept: (pressures[kept], kept))
+    if pressures[best] == inf:
+        return now
     if pressures[best] >= (1 - (GAIN / 2 if now else GAIN)) * pressures[0]:
         return 0
     return best if not now or pressures[best] < (1 - GAIN) * pressures[now] else now

@@ -211,10 +211,10 @@ def test_of_many_decodes_the_one_that_is_least_ahead_counts_and_some_are_skipped
 
 def test_decodes_catch_up_with_what_they_usually_write_yet():
     told = limited(1.0)
-    told.core.decode.forecast.ended(40)
+    told.core.decode.forecast.learn(40)
     ahead_s, more = 2 * AIMED, EXPECTED * 40
     assert slack(told) == pytest.approx(ahead_s + more * (AIMED * 1.0 - 0.2))
     assert slack(told, 3.0) == pytest.approx(ahead_s + more * (AIMED * 1.0 - 0.2) - 3.0)
     slow = limited(1.0, cost=Cost(decode=((1.0, 0.99),)))  # steps take longer than what it aims at
-    slow.core.decode.forecast.ended(40)
+    slow.core.decode.forecast.learn(40)
     assert slack(slow) == pytest.approx(ahead_s + more * GAINED * AIMED * 1.0)

@@ -229,9 +229,10 @@ def test_an_end_that_tells_of_lengths_teaches(ends, ignore_eos, over, high):
 def test_how_long_outputs_usually_are_and_steps_take():
     view = forecast()
     assert (view.usual_output, view.step_s()) == (0.0, 0.0)
-    view.ended(10)
+    view.learn(10)
     assert view.usual_output == 10.0
-    view.ended(30)
+    view.learn(30)
+    assert (view.ended, view.ended_tokens) == (2, 40)
     assert view.usual_output == pytest.approx(10 + LEARNED * 20)
     for rid in ("a", "b", "c"):
         view.enter(request(rid))

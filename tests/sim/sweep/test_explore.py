@@ -76,3 +76,12 @@ def test_auto_is_sought_where_it_may_be(explored):
     explorer, ran = explored({"auto": 0.7})
     assert explorer.automatic(0.7 * CASE.bound).goodput == pytest.approx(0.7 * CASE.bound, rel=0.02)
     assert ran == ["auto"]
+
+
+def test_auto_also_runs_at_the_rate_of_its_rival(explored):
+    explorer, ran = explored({"auto": 0.7, "coupled-ll": 0.5, "coupled-rr": 0.4, "tandem": 0.3})
+    rival = best(explorer.fixed()).near
+    found = explorer.automatic(0.7 * CASE.bound, rival)
+    assert found.beside.rate == rival.rate and found.near.rate > 1.3 * rival.rate
+    runs = len(ran)
+    assert explorer.automatic(0.7 * CASE.bound, rival) == found and len(ran) == runs

@@ -8,7 +8,7 @@ an estimate that is optimistic, is below that.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import process_time
 
 from tetri.sim.kernel import uncollected
@@ -31,12 +31,14 @@ CHUNKS = (512, 256, 2048)  # in the order in which they are tried
 @dataclass(frozen=True, slots=True)
 class Standing:
     """An arrangement in a case. `goodput`: requests a second; None if it is not the best, and `why` has the reason.
-    `near`: the run next to the goodput that kept it."""
+    `near`: the run next to the goodput that kept it. `beside`: of auto, the run at the rate of that of the best fixed
+    arrangement."""
 
     arrangement: str
     goodput: float | None
     why: str = ""
     near: Result | None = None
+    beside: Result | None = None
 
 
 class Explorer:
@@ -52,9 +54,13 @@ class Explorer:
         coupled, rival = self._coupled([each for each in arrangements if each.kind != "split"])
         return coupled + self._splits(splits, 0.0 if self.case.workload == SHIFT else rival)
 
-    def automatic(self, start: float) -> Standing:
-        """The arrangement auto, whose goodput may be near `start`."""
-        return self._found(Arrangement(AUTO), start)
+    def automatic(self, start: float, rival: Result | None = None) -> Standing:
+        """The arrangement auto, whose goodput may be near `start`. `rival`: a run to compare it with, at its rate."""
+        auto = Arrangement(AUTO)
+        if rival is not None and rival.rate not in self._rates(auto):
+            self._run(auto, rival.rate, 0.0)
+        found = self._found(auto, start)
+        return found if rival is None else replace(found, beside=self._near(auto, rival.rate))
 
     # ------------------------------------------------------------ groups
 
@@ -120,6 +126,10 @@ class Explorer:
 
     def _points(self, arrangement: Arrangement) -> list[Point]:
         return [self._point(result) for result in self.store.known(self.case, arrangement)]
+
+    def _rates(self, arrangement: Arrangement) -> list[float]:
+        """The rates of the whole runs."""
+        return [result.rate for result in self.store.known(self.case, arrangement) if not result.certain]
 
     def _point(self, result: Result) -> Point:
         return Point(result.rate, None if result.certain else result.attained[self.case.regime].share)

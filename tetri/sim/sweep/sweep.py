@@ -17,6 +17,7 @@ from typing import TypeVar
 from tetri.sim.sweep.cases import Case
 from tetri.sim.sweep.explore import Explorer, Standing, best
 from tetri.sim.sweep.report import Row
+from tetri.sim.sweep.results import Result
 from tetri.sim.sweep.store import Store
 
 Argument = TypeVar("Argument")
@@ -39,8 +40,8 @@ def sweep(
             fixed |= found
             progress(len(fixed))
         for _, group in groupby(sorted(cases, key=lambda case: case.instances), key=lambda case: case.instances):
-            starts = [(path, case, _start(case, fixed[case], rows)) for case in group]
-            for (_, case, _), auto in _each(pool, _automatic, starts):
+            starts = [(path, case, _start(case, fixed[case], rows), best(fixed[case]).near) for case in group]
+            for (_, case, _, _), auto in _each(pool, _automatic, starts):
                 rows[case] = Row(case, fixed[case], auto)
                 progress(len(fixed) + len(rows))
     return [rows[case] for case in cases]
@@ -76,6 +77,6 @@ def _fixed(task: tuple[Path, Sequence[Case]]) -> Fixed:
     return found
 
 
-def _automatic(task: tuple[Path, Case, float]) -> Standing:
-    path, case, start = task
-    return Explorer(case, Store(path)).automatic(start)
+def _automatic(task: tuple[Path, Case, float, Result | None]) -> Standing:
+    path, case, start, rival = task
+    return Explorer(case, Store(path)).automatic(start, rival)
