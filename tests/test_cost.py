@@ -69,6 +69,14 @@ def test_a_prompt_costs_the_sum_of_its_chunks(table, done, rest, chunk_tokens):
     assert table.prompt_s(tokens, done, chunk_tokens) == pytest.approx(total, rel=1e-9, abs=1e-9)
 
 
+def test_a_prompt_has_its_part_of_chunks_that_others_fill_up():
+    table = Cost(prefill=((0.0, 0.1), (100.0, 0.3)), prefill_start_s=1e-5)
+    assert table.shared_s(50, 100) == pytest.approx(0.15)  # alone 0.2
+    assert table.shared_s(250, 100) == pytest.approx(table.prompt_s(200, 0, 100) + 0.15)
+    assert table.shared_s(200, 100) == table.prompt_s(200, 0, 100)
+    assert Cost().shared_s(250, 100) == 0.0
+
+
 @settings(deadline=None, derandomize=True)
 @given(costs, st.integers(0, 40), small, st.integers(0, 30))
 def test_a_run_of_decode_steps_costs_the_sum_of_them(table, batch, context, steps):

@@ -27,8 +27,8 @@ def test_chunks_are_full_in_order_and_cut_only_at_their_end(sizes, chunk_tokens)
         assert span.stop == prompt.goal or span is spans[-1]
 
 
-def beside(slack_s=inf, batch=0, pressed=False, most=2048, start=0, cost=COST):
-    return limit(MixedStep(batch, 0, slack_s, pressed, start), cost, most)
+def beside(slack_s=inf, batch=0, pressed=False, most=2048, start=0, ends=(), cost=COST):
+    return limit(MixedStep(batch, 0, slack_s, pressed, start, ends), cost, most)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,12 @@ def test_decodes_need_a_step_anyway_so_beside_them_only_what_a_chunk_adds_counts
 def test_of_chunks_that_cost_alike_the_largest():
     alike = Cost(((0.0, 0.1), (128.0, 0.228), (512.0, 0.650)), COST.decode)  # 1 ms a token, then 1.1: 1.075 for all
     assert beside(batch=11, most=512, cost=alike) == 512
+
+
+@pytest.mark.parametrize("ends, right", [((200,), 200), ((100, 150, 900), 150), ((300,), 128), ((2000,), 128)])
+def test_a_chunk_that_ends_a_prompt_may_cost_more(ends, right):
+    """128 tokens cost 1 ms each, 200 tokens 1.18 and 300 tokens 1.29: then the next step takes the rest of it."""
+    assert beside(batch=11, most=512, ends=ends, cost=BENT) == right
 
 
 def test_a_chunk_far_inside_its_prompt_takes_longer():

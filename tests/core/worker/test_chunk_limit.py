@@ -94,6 +94,20 @@ def test_for_each_prompt_that_presses_a_decode_may_miss_its_limit(ttft_s, tokens
     assert asked(beside(usual=True), ttft_s=ttft_s, waits=15.8) == Step(1, tokens)
 
 
+@pytest.mark.parametrize("ttft_s, tokens", [(None, 32), (32.0, 32), (-9.0, 63)])
+def test_beside_decodes_the_chunk_that_adds_least_a_token_unless_a_prompt_presses(ttft_s, tokens):
+    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.0)), decode=((1.0, 0.5),))
+    assert asked(beside(None, cost=dearer_beyond_32), ttft_s=ttft_s) == Step(1, tokens)
+
+
+def test_a_chunk_ends_a_prompt_where_that_is_in_time():
+    told = beside()  # 3.8 s ahead
+    assert asked(told, prompt=40) == Step(1, 40) and told.chunk() == [("a", 0, 40)]
+    two = beside()
+    two.tell(assign("b", 20, max_tokens=4))
+    assert asked(two, prompt=25) == Step(1, 45) and two.chunk() == [("b", 0, 20), ("a", 0, 25)]
+
+
 def test_only_as_many_decodes_as_prompts_press_may_miss_theirs():
     told = beside(usual=True)
     told.land("y", number=3, max_tokens=90, tpot_s=2.0)
