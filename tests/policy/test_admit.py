@@ -29,6 +29,13 @@ def test_greedy_goes_by_landing_while_slots_last_and_memory_is_not_overdrawn(run
     assert greedy(waiting, BatchView(ONE * running, max_batch, free_blocks)) == admitted
 
 
+@pytest.mark.parametrize("admit", [greedy, reserve_static, reserve_dynamic, peak])
+def test_those_whose_next_token_is_late_first_go_first(admit):
+    due = {"never": 0.0, "soon": 2.0, "soon too": 2.0, "later": 9.0}
+    waiting = [WaitingRequest(key, 9 - place, 1, 1, 2, at) for place, (key, at) in enumerate(due.items())]
+    assert admit(waiting, BatchView([], 3, 99)) == ["never", "soon too", "soon"]
+
+
 @pytest.mark.parametrize("running, kept", [(0, 0), (1, 2), (7, 14)])
 def test_two_blocks_are_kept_for_each_running_request(running, kept):
     assert next_growth(running) == kept

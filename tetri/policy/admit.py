@@ -1,7 +1,8 @@
 """Admission policies: which landed requests enter the running batch of a decode instance (paper, section 3.4).
 
-All policies share these rules, which the paper leaves open. Requests are admitted in the order of landing, and a
-request that does not fit blocks those behind it: otherwise a large one could starve while its KV blocks lie idle.
+All policies share these rules, which the paper leaves open. Requests are admitted in the order in which their next
+tokens are late: with one limit of TPOT for all, in the order of their first tokens. A request that does not fit blocks
+those behind it: otherwise a large one could starve while its KV blocks lie idle.
 Memory is counted in KV blocks, rounded up per request. A waiting request already owns the blocks of its KV, since the
 grant reserved them, so admission decides only on growth. Until a request is considered, its blocks count neither as
 free nor as memory that will become free.
@@ -146,9 +147,9 @@ def _used_at(moment: int, requests: Iterable[tuple[int, int]], size: int) -> int
 
 
 def _in_turn(waiting: Sequence[WaitingRequest], batch: BatchView) -> Iterator[WaitingRequest]:
-    """Waiting requests in the order of landing, as many as the batch has slots."""
+    """Waiting requests, those that are late first before the others, as many as the batch has slots."""
     slots = max(batch.max_batch - len(batch.running), 0)
-    return iter(sorted(waiting, key=lambda request: request.landed)[:slots])
+    return iter(sorted(waiting, key=lambda request: (request.due, request.landed))[:slots])
 
 
 def _left(request: BatchMember | WaitingRequest) -> int:

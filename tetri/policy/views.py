@@ -151,13 +151,15 @@ class BatchMember(Value, frozen=True):
 
 class WaitingRequest(Value, frozen=True):
     """A request whose KV has landed and that waits for admission. `landed`: its position in the order of landing.
-    `blocks`: KV blocks that it owns. `tokens` and `end`: as in BatchMember."""
+    `blocks`: KV blocks that it owns. `tokens` and `end`: as in BatchMember. `due`: when its next token is late, by its
+    limit of TPOT; without one, when it had its first token."""
 
     key: str
     landed: int
     blocks: int
     tokens: int = 0
     end: int = 1
+    due: float = 0.0
 
 
 class BatchView(Value, frozen=True):

@@ -142,6 +142,18 @@ def test_the_policy_sees_the_batch_with_its_predicted_ends(asked):
     assert batch.free_blocks == free
 
 
+def test_the_policy_sees_when_the_next_token_of_a_request_is_late(asked):
+    told = begin(rules=Rules(admit="asked"))
+    told.running("a", max_tokens=LONG)
+    told.now = 50.0
+    told.land("b", number=2, max_tokens=LONG, tpot_s=3.0)
+    told.land("c", number=3, max_tokens=LONG)
+    told.now = 60.0
+    asked.in_step(told)
+    waiting, _ = asked.calls[-1]
+    assert [request.due for request in waiting] == [53.0, 50.0]
+
+
 def test_the_policy_is_asked_again_only_when_something_has_changed(asked):
     told = beside(asked)
     assert [asked.in_step(told) for _ in range(3)] == [0, 0, 0]  # what runs grows as was predicted

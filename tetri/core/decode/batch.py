@@ -175,7 +175,9 @@ class Batch:
 
     def _ask_policy(self, most: int) -> list[str]:
         waiting = [
-            WaitingRequest(key, request.landed_as, request.flow.blocks, request.size, _predicted_end(request))
+            WaitingRequest(
+                key, request.landed_as, request.flow.blocks, request.size, _predicted_end(request), _due(request)
+            )
             for key, request in self.landed.items()
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
@@ -338,6 +340,11 @@ class _Members(Sequence[BatchMember]):
     @cached_property
     def _listed(self) -> list[BatchMember]:
         return [BatchMember(request.size, _predicted_end(request)) for request in self._requests]
+
+
+def _due(request: DecodeRequest) -> float:
+    """When its next token is late."""
+    return request.first_at + len(request.tokens) * (request.offer.tpot_s or 0.0)
 
 
 def _predicted_end(request: DecodeRequest) -> int:
