@@ -82,12 +82,12 @@ def test_without_a_cost_table_chunks_are_whole():
 @settings(deadline=None, derandomize=True)
 @given(st.floats(-1.0, 3.0), st.integers(0, 11), st.booleans(), st.integers(1, 3000))
 def test_within_the_slack_no_chunk_is_much_cheaper_and_no_larger_one_as_cheap(slack_s, batch, pressed, most):
-    spared_s = 0.0 if pressed else COST.decode_s(batch, 0)
+    decode_s = 0.0 if pressed else COST.decode_s(batch, 0)
     cost_s = {}
     for size in (*(size for size in SIZES if size < most), most):
         seconds = COST.step_s((Span("", 0, size),), batch, 0)
         if seconds <= slack_s:
-            cost_s[size] = (seconds - spared_s) / size
+            cost_s[size] = (seconds - decode_s) / size
     chosen = beside(slack_s, batch, pressed, most)
     assert chosen in cost_s or (chosen == 0 and not cost_s)
     assert all(cost_s[chosen] <= ALIKE * each for size, each in cost_s.items() if size < chosen)

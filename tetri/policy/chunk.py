@@ -37,13 +37,13 @@ def limit(step: MixedStep, cost: StepCost, most: int) -> int:
     decodes keep their limits of TPOT, the one whose tokens cost least: the decodes need a step without it too, so they
     pay for what it takes longer. When prompts press, the whole step counts, so that they are computed soonest. Of
     sizes that are about as good, the largest; one that ends a prompt may cost more."""
-    spared_s = 0.0 if step.pressed else cost.step_s((), step.batch, step.context)
+    decode_s = 0.0 if step.pressed else cost.step_s((), step.batch, step.context)
     sizes = {**dict.fromkeys((*SIZES, most), ALIKE), **dict.fromkeys(step.ends, ENDING)}
     costs = list[tuple[int, float]]()
     for size in sorted(sizes):
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
         if size > most or seconds > step.slack_s:
             break
-        costs.append((size, (seconds - spared_s) / size))
+        costs.append((size, (seconds - decode_s) / size))
     least = min((token_s for _, token_s in costs), default=0.0)
     return max((size for size, token_s in costs if token_s <= sizes[size] * least), default=0)

@@ -256,7 +256,7 @@ class Members:
                     found = (pool.queued_s[column], pool.requests[column])
                     right = (self._queued_s(iid, assigned), self._requests(iid, assigned) if pool.groups else 0)
                     if found != right or (pool.groups and column not in pool.groups[found[1]]):
-                        raise Broken(f"{iid}: {found} in the pool, counted {right}")
+                        raise Broken(f"{iid}: {found} listed, {right} counted")
 
     def viewed(self, view: ClusterView) -> None:
         """Apply a new view: how much of its time prefill gets on each adaptive instance, and which keep to prefill."""
