@@ -15,7 +15,7 @@ from tetri.bench.admission import AMPLE, SYSTEMS, Load, targets
 
 REPOSITORY = Path(__file__).parents[2]
 BINDING = Load(kv_tokens=14_000, requests=128)
-SEEDS = 2
+SEEDS = 8  # with two, the order in which a few requests land changes the mean JCT by 2 %
 
 
 @cache
