@@ -19,20 +19,20 @@ class Clock:
         real: Callable[[], float] = time.monotonic,
         slack_s: float = SLACK_S,
         least_s: float = SLACK_S / 10,
-        start: float = 0.0,
+        start: float | None = 0.0,
     ) -> None:
         """A gap of more than `slack_s` seconds beyond the planned wait is a hold-up, and counts as `least_s` seconds or
-        a little less than the wait. `start`: the time at first."""
+        a little less than the wait. `start`: the time at first; None: that of `real`."""
         self._real, self._slack_s, self._least_s = real, slack_s, least_s
-        self._now = start
         self._read = self._until = real()
+        self._now = self._read if start is None else start
 
     @classmethod
     def patient(cls, *patience_s: float, real: Callable[[], float] = time.monotonic) -> Clock:
         """The clock of a process whose shortest timeout that ends something is the least of `patience_s`, apart from
         zeros. All work counts, up to a quarter of that at a time: an engine step or a long prompt is no hold-up."""
         slack_s = min(filter(None, patience_s), default=inf) / 4
-        return cls(real, slack_s, slack_s, start=real())
+        return cls(real, slack_s, slack_s, start=None)
 
     def now(self) -> float:
         """Return the current time in seconds. After a hold-up the clock stops short of the planned wait, so that the
