@@ -43,6 +43,8 @@ def beside(slack_s=inf, batch=0, pressed=False, most=2048, start=0, ends=(), cos
         ({"slack_s": 0.5}, 384),  # 0.484 s
         ({"slack_s": 0.5, "batch": 11}, 256),  # 0.055 s for the decodes, beside the fixed 0.1 s
         ({"slack_s": 0.05}, 0),
+        ({"most": 0}, 0),
+        ({"most": -3, "batch": 11}, 0),
         ({"slack_s": -3.0}, 0),
     ],
 )
@@ -62,6 +64,13 @@ def test_decodes_need_a_step_anyway_so_beside_them_only_what_a_chunk_adds_counts
 def test_of_chunks_that_cost_alike_the_largest():
     alike = Cost(((0.0, 0.1), (128.0, 0.228), (512.0, 0.650)), COST.decode)  # 1 ms a token, then 1.1: 1.075 for all
     assert beside(batch=11, most=512, cost=alike) == 512
+
+
+def test_where_a_small_chunk_adds_nothing_to_a_step_larger_ones_run_too():
+    """Up to 64 tokens a step takes as long as without them, then 1 ms longer for each. Alone a token costs 1.03 ms."""
+    free = Cost(((0.0, 0.1), (64.0, 0.1), (2048.0, 2.084)), COST.decode)
+    assert beside(batch=11, cost=free) == 128  # 0.5 ms for each of 128 tokens, 0.67 for each of 192
+    assert beside(batch=11, pressed=True, cost=free) == 2048
 
 
 @pytest.mark.parametrize("ends, right", [((200,), 200), ((100, 150, 900), 150), ((300,), 128), ((2000,), 128)])
@@ -90,5 +99,5 @@ def test_within_the_slack_no_chunk_is_much_cheaper_and_no_larger_one_as_cheap(sl
             cost_s[size] = (seconds - decode_s) / size
     chosen = beside(slack_s, batch, pressed, most)
     assert chosen in cost_s or (chosen == 0 and not cost_s)
-    assert all(cost_s[chosen] <= ALIKE * each for size, each in cost_s.items() if size < chosen)
+    assert all(cost_s[chosen] <= ALIKE * each for size, each in cost_s.items() if size < chosen)  # above FLOOR here
     assert all(each > min(cost_s.values()) for size, each in cost_s.items() if size > chosen)

@@ -12,6 +12,7 @@ from tetri.policy.views import MixedStep, Progress
 #: Sizes that are tried beside running decodes, in tokens.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 ALIKE = 1.1  # costs of a token up to this ratio count as equal: less is within the error of a cost table
+FLOOR = 0.5  # of what a token costs in a whole chunk alone: less counts as this, as where a small chunk adds nothing
 ENDING = 1.25  # as ALIKE, for a chunk that ends a prompt: its last tokens would take another step
 
 
@@ -37,6 +38,8 @@ def limit(step: MixedStep, cost: StepCost, most: int) -> int:
     decodes keep their limits of TPOT, the one whose tokens cost least: the decodes need a step without it too, so they
     pay for what it takes longer. When prompts press, the whole step counts, so that they are computed soonest. Of
     sizes that are about as good, the largest; one that ends a prompt may cost more."""
+    if most <= 0:  # decodes take all tokens of the step
+        return 0
     decode_s = 0.0 if step.pressed else cost.step_s((), step.batch, step.context)
     sizes = {**dict.fromkeys((*SIZES, most), ALIKE), **dict.fromkeys(step.ends, ENDING)}
     costs = list[tuple[int, float]]()
@@ -45,5 +48,6 @@ def limit(step: MixedStep, cost: StepCost, most: int) -> int:
         if size > most or seconds > step.slack_s:
             break
         costs.append((size, (seconds - decode_s) / size))
-    least = min((token_s for _, token_s in costs), default=0.0)
+    alone_s = cost.step_s((Span("", step.start, step.start + most),), 0, 0)
+    least = max(min((token_s for _, token_s in costs), default=0.0), FLOOR * alone_s / most)
     return max((size for size, token_s in costs if token_s <= sizes[size] * least), default=0)
