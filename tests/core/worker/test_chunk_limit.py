@@ -100,6 +100,17 @@ def test_beside_decodes_the_chunk_that_adds_least_a_token_unless_a_prompt_presse
     assert asked(beside(None, cost=dearer_beyond_32), ttft_s=ttft_s) == Step(1, tokens)
 
 
+@pytest.mark.parametrize("waits, tokens", [(20.0, 32), (30.0, 63)])
+def test_a_prompt_presses_too_when_it_has_waited_for_three_times_its_own_work(waits, tokens):
+    """It is 9 s of work, and half of its limit is 500 s."""
+    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.0)), decode=((1.0, 0.5),))
+    told = beside(None, cost=dearer_beyond_32)
+    assert asked(told, ttft_s=1000.0) == Step(1, 32)
+    told.now += waits
+    told.step()
+    assert only(told.later(), Step) == [Step(1, tokens)]
+
+
 def test_a_chunk_ends_a_prompt_where_that_is_in_time():
     told = beside()  # 3.8 s ahead
     assert asked(told, prompt=40) == Step(1, 40) and told.chunk() == [("a", 0, 40)]

@@ -12,7 +12,8 @@ from tetri.policy.chunk import limit
 from tetri.policy.views import MixedStep
 
 LOOKED_AT = 32  # most queued prompts that are looked at
-PRESSING = 0.5  # a prompt presses when it has waited for this share of its limit of TTFT
+PRESSING = 0.5  # a prompt presses when it has waited for this share of its limit of TTFT,
+PATIENT = 3.0  # or for so many times as long as it takes to compute it alone, if that is sooner
 
 
 class ChunkLimit:
@@ -36,4 +37,4 @@ class ChunkLimit:
 
 def _presses(request: PrefillRequest, now: float) -> bool:
     ttft_s = request.slo.ttft_s
-    return ttft_s is not None and now - request.queued.since > PRESSING * ttft_s
+    return ttft_s is not None and now - request.queued.since > min(PRESSING * ttft_s, PATIENT * request.queued.work_s)
