@@ -123,7 +123,7 @@ def instance(iid, role, **fields):
     """One instance in a Status, as the broker sends it."""
     plain = {"iid": iid, "role": role, "state": "ready", "incarnation": 1, "blocks": 9, "held": 3}
     plain |= {"load": to_builtins(Load(free_blocks=8, queued=1, running=2)), "activity": to_builtins(Activity())}
-    plain |= {"note": "", "paths": {}, "counters": {}, "slots_used": 0, "predictor": None, "unread_by": {}}
+    plain |= {"note": "", "paths": {}, "counters": {}, "slots_used": 0, "predictor": None, "unread_by": {}, "keeps": ""}
     return {**plain, "step_ratio": {"prefill": None, "decode": None}, **fields}
 
 

@@ -23,6 +23,8 @@ def test_a_cell_tells_of_the_load_and_of_the_steps_since_the_start_or_of_the_las
         **{columns.PREFILL_RATIO: "1.50", columns.DECODE_RATIO: "-"},
     }
     assert cells([*expected], found) == [*expected.values()]
+    assert cells([columns.ROLE], found) == ["mixed"]
+    assert cells([columns.ROLE], found.changed(role="auto", keeps="prefill")) == ["auto (prefill)"]
     recent = Activity(chunk_tokens=9, chunk_space=10)
     assert cells([columns.FILL, columns.BATCH], found, recent) == ["90%", "-"]
 

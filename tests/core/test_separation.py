@@ -6,7 +6,8 @@ from tetri.core.separation import HOLD_S, LEAST_S, WINDOW_S, Separation
 from tetri.policy.keep import keep
 from tetri.wire.load import Load
 
-SECOND = {"arrived": 3, "arrived_s": 0.5, "ended": 2, "ended_tokens": 60}  # at each of four instances in a second
+#: At each of four instances in a second.
+SECOND = {"arrived": 3, "arrived_s": 0.5, "decodes": 3, "ended": 2, "ended_tokens": 60}
 
 
 class Watched:
@@ -22,7 +23,8 @@ class Watched:
         usual = {"free_blocks": 9, "running": 5 + number, "base_s": 0.05, "step_s": 0.06}
         usual |= {"context": 900, "kv_tokens": 4000}
         usual |= {"chunk_s": 0.3, "ttft_s": 2.0, "tpot_s": 0.07}
-        counts = {name: type(each)(each * self.arrived) for name, each in SECOND.items()}
+        counts = {name: each * self.arrived for name, each in SECOND.items()}
+        counts = {name: each if name == "arrived_s" else int(each) for name, each in counts.items()}
         return Load(**{**usual, **counts, **self.changes})
 
     def look(self, seconds):
@@ -58,9 +60,15 @@ def test_where_all_memory_holds_decodes_all_do_both():
     assert Watched(kv_tokens=1000).look(LEAST_S + 2) == {}
 
 
-@pytest.mark.parametrize("lacks", ["tpot_s", "ttft_s", "ended"])
-def test_without_limits_or_outputs_all_do_both(lacks):
+@pytest.mark.parametrize("lacks", ["tpot_s", "ttft_s", "ended_tokens", "decodes", "arrived_s", "base_s"])
+def test_without_limits_outputs_or_a_cost_table_all_do_both(lacks):
     assert Watched(**{lacks: 0}).look(LEAST_S + 2) == {}
+
+
+@pytest.mark.parametrize("chunk_s", [0.0, 0.02, 0.05])
+def test_where_a_chunk_takes_no_longer_than_a_decode_step_there_is_a_decision_too(chunk_s):
+    """Measured times may say so: each of the two is corrected by itself."""
+    assert len(Watched(chunk_s=chunk_s).look(LEAST_S + 2)) < 4
 
 
 def test_one_alone_does_both():
@@ -96,3 +104,12 @@ def test_the_decision_is_the_policy_s(monkeypatch):
     assert load.prefill == pytest.approx(2.0, rel=0.05) and load.mean_s == pytest.approx(0.5 / 3, rel=0.05)
     assert load.requests == pytest.approx(12, rel=0.05) and load.output == pytest.approx(30)
     assert load.request_s == pytest.approx(0.04 / 26) and load.beside == pytest.approx(1 - 0.05 / 0.3)
+
+
+@pytest.mark.parametrize("decodes, output", [(3, 30), (1.5, 15), (6, 60)])
+def test_tokens_are_told_by_prompt_some_have_one_choice_some_none_that_decodes(monkeypatch, decodes, output):
+    asked = []
+    monkeypatch.setattr("tetri.core.separation.keep", lambda load, now: asked.append(load.output) or 0)
+    monkeypatch.setitem(SECOND, "decodes", decodes)
+    Watched().look(LEAST_S + 2)
+    assert asked[-1] == pytest.approx(output, rel=0.05)

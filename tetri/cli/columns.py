@@ -20,7 +20,7 @@ class Column(NamedTuple):
 
 
 INSTANCE = Column("instance", lambda i, a: i.iid, False)
-ROLE = Column("role", lambda i, a: i.role, False)
+ROLE = Column("role", lambda i, a: f"{i.role} ({i.keeps})" if i.keeps else i.role, False)
 STATE = Column("state", lambda i, a: i.state, False)
 QUEUED = Column("queued", lambda i, a: f"{i.load.queued}")
 QUEUE_TIME = Column("queue time", lambda i, a: seconds(i.load.queued_s))

@@ -26,7 +26,7 @@ WINDOW_S = 10.0  # of the latencies and rates
 EVENTS = 6  # the last ones that are shown
 WIDE = 160  # columns from which the banks stand side by side
 _HEADINGS = 11  # lines besides rows of instances, events and notes
-_ROLE = Column("role", lambda i, a: i.role if i.state == "ready" else i.state, False)
+_ROLE = Column("role", lambda i, a: shown.ROLE.text(i, a) if i.state == "ready" else i.state, False)
 PREFILL = (
     *(shown.INSTANCE, _ROLE, shown.QUEUED, shown.QUEUE_TIME, shown.FILL, shown.KV_USED, shown.BUSY),
     shown.PREFILL_RATIO,

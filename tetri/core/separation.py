@@ -16,6 +16,7 @@ LEAST_S = 15.0  # of it that must have passed before the first decision
 HOLD_S = 5.0  # least time between two changes
 LONG = 1.6  # the prefill of a long prompt, over the mean
 AIMED = 0.9  # share of a limit that is aimed at
+LEAST_BESIDE = 0.05  # of a chunk's time that is beyond a decode step, where measured times say less
 
 
 @dataclass(slots=True)
@@ -25,6 +26,7 @@ class _Totals:
     at: float
     arrived: int = 0
     arrived_s: float = 0.0
+    decodes: int = 0
     ended: int = 0
     ended_tokens: int = 0
 
@@ -60,6 +62,7 @@ class Separation:
             if before is not None:
                 totals.arrived += max(load.arrived - before.arrived, 0)
                 totals.arrived_s += max(load.arrived_s - before.arrived_s, 0.0)
+                totals.decodes += max(load.decodes - before.decodes, 0)
                 totals.ended += max(load.ended - before.ended, 0)
                 totals.ended_tokens += max(load.ended_tokens - before.ended_tokens, 0)
         self._seen = dict(loads)
@@ -70,27 +73,30 @@ class Separation:
     def _load(self, loads: Mapping[str, Load], now: float) -> ClusterLoad | None:
         first, last = self._window[0], self._totals
         seconds, arrived, ended = now - first.at, last.arrived - first.arrived, last.ended - first.ended
+        written, decodes = last.ended_tokens - first.ended_tokens, last.decodes - first.decodes
         decoding = [load for load in loads.values() if load.tpot_s]
         prompting = [load.ttft_s for load in loads.values() if load.ttft_s]
-        if len(loads) < 2 or seconds < LEAST_S or not (arrived and ended and decoding and prompting):
+        if len(loads) < 2 or seconds < LEAST_S or not (arrived and written and decodes and decoding and prompting):
             return None
         requests = sum(load.waiting + load.running for load in decoding)
         base_s = median(load.base_s for load in decoding)
         beyond_s = sum(max(load.step_s - load.base_s, 0.0) for load in decoding)
         chunk_s = max(median(load.chunk_s for load in decoding), base_s)
         mean_s = (last.arrived_s - first.arrived_s) / arrived
+        if not (base_s and mean_s):  # no cost table
+            return None
         return ClusterLoad(
             instances=len(loads),
             prefill=(last.arrived_s - first.arrived_s) / seconds,
             requests=arrived / seconds,
-            output=(last.ended_tokens - first.ended_tokens) / ended,
+            output=written / ended * decodes / arrived,
             context=sum(load.context for load in loads.values()),
             kv_tokens=min(load.kv_tokens for load in loads.values()),
             mean_s=mean_s,
             long_s=LONG * mean_s,
             base_s=base_s,
             request_s=beyond_s / requests if requests else 0.0,
-            beside=1.0 - base_s / chunk_s if chunk_s else 1.0,
+            beside=max(1.0 - base_s / chunk_s, LEAST_BESIDE),
             ttft_s=AIMED * median(prompting),
             tpot_s=AIMED * median(load.tpot_s for load in decoding),
         )

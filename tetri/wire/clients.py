@@ -159,7 +159,8 @@ class Done(Record, tag="done", frozen=True):
 
 class InstanceStatus(Record, frozen=True):
     """One instance in a Status, as of its last heartbeat. `held`: requests that it holds in any stage. `note`: why it
-    is lost, which instance it cannot exchange KV with, or that it injects faults."""
+    is lost, which instance it cannot exchange KV with, or that it injects faults. `keeps`: the phase that an adaptive
+    instance keeps to for now."""
 
     iid: Name
     role: str
@@ -176,6 +177,7 @@ class InstanceStatus(Record, frozen=True):
     unread_by: dict[str, str] = {}  # decode instances that cannot read its KV -> why
     step_ratio: StepRatio = StepRatio()  # measured over predicted time of its engine steps
     activity: Activity = Activity()
+    keeps: str = ""  # "": no phase
 
 
 class MonitorStatus(Record, frozen=True):

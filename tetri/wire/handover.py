@@ -116,8 +116,8 @@ class Refuse(BetweenWorkers, tag="refuse", frozen=True):
 class Chunk(BetweenWorkers, tag="chunk", frozen=True):
     """Announces a KV chunk: the prompt's blocks [start, stop) can be fetched at `handle`. `digest`: xxh3-64 of their
     bytes, None if digests are off. `tokens`, in the last chunk only: the first output token of each choice in the order
-    of the Offer; None for one that has ended meanwhile. Instead of it, in the last chunk of a decode that runs at the
-    sender until then: `written`, all its output tokens in this attempt."""
+    of the Offer; None for one that has ended meanwhile. They are `decoded_s` seconds old. Instead of it, in the last
+    chunk of a decode that runs at the sender until then: `written`, all its output tokens in this attempt."""
 
     index: Count
     start: Count
@@ -126,6 +126,7 @@ class Chunk(BetweenWorkers, tag="chunk", frozen=True):
     digest: int | None
     tokens: list[Token | None] = []
     written: list[Token] = []
+    decoded_s: float = 0.0
 
 
 class Landed(BetweenWorkers, tag="landed", frozen=True):

@@ -33,6 +33,7 @@ class Load(Record, frozen=True):
     chunk_s         predicted seconds of the chunk with the best prefill rate, without decodes
     arrived         requests that were ever assigned to it
     arrived_s       predicted seconds of their prefill in full chunks
+    decodes         their choices that are to decode: all that may write more than one token
     ended           requests that have ever ended here with all their output
     ended_tokens    their output tokens
     ttft_s          the limit of TTFT of the last request that was assigned to it; 0: it had none
@@ -62,6 +63,7 @@ class Load(Record, frozen=True):
     chunk_s: float = 0.0
     arrived: Count = 0
     arrived_s: float = 0.0
+    decodes: Count = 0
     ended: Count = 0
     ended_tokens: Count = 0
     ttft_s: float = 0.0

@@ -8,14 +8,15 @@ from tests.core.broker.serving import RID, assigned, serving, submit
 from tests.core.broker.work import opcodes
 from tests.core.build import PHASES, capacity, failed, fingerprint, heartbeat, identity, ready, staged, tokens
 from tests.core.reading import only, sent
-from tetri.core.actions import Broken, Disconnect
+from tetri.core.actions import Broken, Disconnect, Send
+from tetri.core.broker.broker import OLD_S
 from tetri.core.broker.membership import FORGET_S, LEAST_SHARE, Members
 from tetri.core.instance.peers import Peers
-from tetri.request import Stage, StepRatio
+from tetri.request import Slo, Stage, StepRatio
 from tetri.wire.codec import encode
 from tetri.wire.events import PeerDown, PeerUp
 from tetri.wire.load import Load
-from tetri.wire.messages import ClusterView, FromWorker, InstanceLoad, Membership
+from tetri.wire.messages import Assign, ClusterView, FromWorker, InstanceLoad, Membership
 from tetri.wire.observation import Activity
 
 OTHER = fingerprint(dtype="f32")
@@ -363,3 +364,40 @@ def test_pairs_are_those_in_service_and_the_same_object_until_a_change():
     assert made.pairs() == [("p1", "d3"), ("m1", "d3")]
     made.disconnected("d3")
     assert made.pairs() == []
+
+
+# ---------------------------------------------------------------- what a broker makes of views
+
+
+def adaptive_cluster():
+    """Of three adaptive instances, a0 keeps to prefill; prefill gets no time at a1."""
+    made = serving()
+    for iid in ("a0", "a1", "a2"):
+        made.tell(ready(iid, "auto"), PeerUp(iid))
+    made.tell(autos(1, a0=busy(), a1=busy(0.0), a2=busy(0.3)).changed(keeps={"a0": "prefill"}))
+    return made
+
+
+def placed(made, *names, **changes):
+    """Where these requests go."""
+    actions = [action for name in names for action in made.tell(submit(name, **changes))]
+    return [action.peer for action in only(actions, Send) if isinstance(action.message, Assign)]
+
+
+def test_an_instance_that_keeps_to_prefill_gets_the_prompts_and_the_status_says_so():
+    made = adaptive_cluster()
+    assert placed(made, "x", "y", slo=Slo(ttft_s=5.0)) == ["a0", "a0"]
+    assert {each.iid: each.keeps for each in made.status().instances} == {"a0": "prefill", "a1": "", "a2": ""}
+
+
+def test_a_view_after_which_none_comes_counts_no_more():
+    made = adaptive_cluster()
+    made.later(OLD_S + 1)
+    assert {each.keeps for each in made.status().instances} == {""}
+    assert {*placed(made, "x", "y", "z", slo=Slo(ttft_s=5.0))} == {"a0", "a1", "a2"}
+
+
+def test_requests_without_a_limit_are_shared_out():
+    made = adaptive_cluster()
+    made.tell(autos(2, a0=busy(), a1=busy(), a2=busy()))
+    assert {*placed(made, "x", "y", "z")} == {"a0", "a1", "a2"}

@@ -156,8 +156,9 @@ def test_only_what_runs_is_moved_and_only_to_who_is_there():
 # ---------------------------------------------------------------- by policy
 
 
-def planned(told, **loads):
-    return [(peer, made.rid, made.to) for peer, made in where(told.tell(view(told_number(told), **loads))) if _is(made)]
+def planned(told, keeps=(), **loads):
+    made = view(told_number(told), **loads).changed(keeps=dict.fromkeys(keeps, "prefill"))
+    return [(peer, made.rid, made.to) for peer, made in where(told.tell(made)) if _is(made)]
 
 
 def _is(made):
@@ -183,6 +184,12 @@ def test_loads_make_it_move_what_the_policy_names():
     assert planned(told, d1=Load(free_blocks=3, running=1), d2=roomy) == []
     assert planned(told, d1=short, d2=roomy) == [("d1", RID, "d2")]
     assert planned(told, d1=short, d2=roomy) == [], "it is on its way"
+
+
+def test_none_goes_to_an_instance_that_keeps_to_prefill():
+    told, loads = decoding("everywhere"), {"d1": Load(free_blocks=0, running=1), "d2": Load(free_blocks=10)}
+    assert not planned(told, keeps=("d2",), **loads)
+    assert planned(told, **loads) == [("d1", RID, "d2")]
 
 
 def test_an_instance_that_did_not_take_one_rests():

@@ -60,6 +60,7 @@ def ttft_after(prompts: Iterable[int]) -> float | None:
     ("prompts", "long"),
     [
         ([10], 10),
+        ([10, 1000], 1000),
         ([*range(1, 101)], 90),
         ([*range(100, 0, -1)], 90),
         ([1000, *[10] * 99], 10),

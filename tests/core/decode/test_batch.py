@@ -1,14 +1,11 @@
 """The running batch of a decode instance: admission, several passes in one go, what is told when."""
 
-from math import inf
-
 import pytest
 
-from tests.core.build import capacity, close, offer, resend
+from tests.core.build import capacity, chunk, close, offer, resend
 from tests.core.driver import working
 from tests.core.reading import kinds, only, sent
 from tetri.core.actions import AdmitRequest, Broken, Step
-from tetri.core.decode.batch import AIMED, EXPECTED, GAINED
 from tetri.cost import Cost
 from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy import rules as tables
@@ -148,10 +145,13 @@ def test_the_policy_sees_when_the_next_token_of_a_request_is_late(asked):
     told.now = 50.0
     told.land("b", number=2, max_tokens=LONG, tpot_s=3.0)
     told.land("c", number=3, max_tokens=LONG)
+    told.tell(offer("d", prompt=8, offer=4, tpot_s=3.0))
+    told.step()
+    told.tell(chunk("d", 0, 0, 2, token=5, offer=4, decoded_s=7.0))  # its KV has waited elsewhere
     told.now = 60.0
     asked.in_step(told)
     waiting, _ = asked.calls[-1]
-    assert [request.due for request in waiting] == [53.0, 50.0]
+    assert [request.due for request in waiting] == [53.0, 50.0, 46.0]
 
 
 def test_the_policy_is_asked_again_only_when_something_has_changed(asked):
@@ -177,56 +177,3 @@ def test_a_full_batch_asks_nobody(asked):
     told.running("a", max_tokens=LONG)
     told.land("b", number=2, max_tokens=LONG)
     assert asked.in_step(told) == 0
-
-
-# ---------------------------------------------------------------- limits of latency
-
-STEPS = {"cost": Cost(decode=((1.0, 0.2),))}
-
-
-def slack(told, after=0.0, skipped=0):
-    """Of the batch, so long after now."""
-    return told.core.decode.batch.slack_s(told.now + after, skipped)
-
-
-def limited(*limits, tokens=2, **changes):
-    """Requests with these limits of TPOT, with so many tokens since their first one a moment ago."""
-    told = begin(**{**STEPS, **changes})
-    told.later(1.0)
-    for place, limit_s in enumerate(limits):
-        told.land(f"r{place}", number=place + 1, max_tokens=LONG, tpot_s=limit_s)
-    for _ in range(tokens - 1):
-        told.step()
-    return told
-
-
-def test_without_a_limit_a_step_may_take_any_time():
-    assert slack(begin()) == slack(limited(None)) == inf
-
-
-def test_a_step_may_take_the_time_that_its_decodes_are_ahead():
-    told = limited(1.0)
-    ahead_s = 2 * AIMED * 1.0
-    assert slack(told) == pytest.approx(ahead_s)
-    assert slack(told, 1.5) == pytest.approx(ahead_s - 1.5)
-    assert slack(told, ahead_s - 0.1) == inf  # its limit is lost, whatever the step takes
-    told.step()
-    assert slack(told) == pytest.approx(ahead_s + AIMED)
-
-
-def test_of_many_decodes_the_one_that_is_least_ahead_counts_and_some_are_skipped():
-    told = limited(3.0, None, 2.0, 1.0)
-    ahead = [2 * AIMED * 1.0, 3 * AIMED * 2.0, 5 * AIMED * 3.0]
-    assert [slack(told, skipped=skipped) for skipped in range(4)] == [*map(pytest.approx, ahead), inf]
-    assert slack(told, 2.0) == pytest.approx(ahead[1] - 2.0)  # the limit of the last one is lost
-
-
-def test_decodes_catch_up_with_what_they_usually_write_yet():
-    told = limited(1.0)
-    told.core.decode.forecast.learn(40)
-    ahead_s, more = 2 * AIMED, EXPECTED * 40
-    assert slack(told) == pytest.approx(ahead_s + more * (AIMED * 1.0 - 0.2))
-    assert slack(told, 3.0) == pytest.approx(ahead_s + more * (AIMED * 1.0 - 0.2) - 3.0)
-    slow = limited(1.0, cost=Cost(decode=((1.0, 0.99),)))  # steps take longer than what it aims at
-    slow.core.decode.forecast.learn(40)
-    assert slack(slow) == pytest.approx(ahead_s + more * GAINED * AIMED * 1.0)

@@ -38,10 +38,11 @@ class World:
         for each in instances:
             self.peers.connected(each.iid)
 
-    def view(self, now, age=0.0, incarnation=1, epoch=1, **loads):
+    def view(self, now, age=0.0, incarnation=1, epoch=1, keeps=(), **loads):
         self.number += 1
         told = [InstanceLoad(iid, incarnation, "decode", age, load) for iid, load in loads.items()]
-        self.peers.see(ClusterView(epoch=epoch, number=self.number, loads=told), now)
+        kept = dict.fromkeys(keeps, "prefill")
+        self.peers.see(ClusterView(epoch=epoch, number=self.number, loads=told, keeps=kept), now)
 
     def columns(self):
         """Free blocks, those that will stay free, and heavy and light requests, by instance."""
@@ -216,3 +217,43 @@ def test_at_home_a_prompt_must_fit_twice_or_wholly_into_the_open_slots(slots, fi
     world.home = Load(free_blocks=CAPACITY.blocks)
     assert world.choose(tokens=20, blocks=5) == "p1"
     assert (world.choose(tokens=24, blocks=6) == "p1") == fits
+
+
+# ---------------------------------------------------------------- instances that keep to prefill
+
+
+@pytest.fixture
+def adaptive(world):
+    world.home = Load(free_blocks=9)
+    return world
+
+
+@pytest.mark.parametrize(
+    "keeps, offered",
+    [
+        ((), ["d1", "d2", "p1"]),
+        (("d1",), ["d2", "p1"]),
+        (("p1",), ["d1", "d2"]),
+        (("p1", "d1"), ["d2"]),
+        (("p1", "d1", "d2"), ["d1", "d2", "p1"]),  # somebody must
+        (("d1", "d2"), ["d1", "d2", "p1"]),  # without memory here, rather there than nowhere
+    ],
+)
+def test_new_decodes_go_where_nobody_keeps_to_prefill(adaptive, keeps, offered):
+    adaptive.view(1.0, keeps=keeps)
+    assert [*adaptive.columns()] == offered
+
+
+def test_who_keeps_to_prefill_decodes_when_nobody_else_can(adaptive):
+    adaptive.view(1.0, keeps=("p1",))
+    assert [*adaptive.columns()] == ["d1", "d2"]
+    for gone in ("d1", "d2"):
+        adaptive.peers.disconnected(gone)
+    assert [*adaptive.columns()] == ["p1"] and adaptive.choose() == "p1"
+
+
+def test_without_a_new_view_nobody_keeps_to_prefill(adaptive):
+    adaptive.view(1.0, keeps=("p1", "d1"))
+    assert [*adaptive.columns()] == ["d2"]
+    adaptive.peers.expire(1.1 + adaptive.peers.own.view_s)
+    assert [*adaptive.columns()] == ["d1", "d2", "p1"]

@@ -202,8 +202,10 @@ def test_chunks_computed_while_the_offer_is_deferred_are_announced_after_the_gra
     told.step()
     told.tell(defer("a"))
     assert not to("d1", told.step())
+    told.now += 0.25
     (rest,) = sent(told.tell(grant("a")), "d1")
     assert (rest.index, rest.start, rest.stop) == (1, 2, 4), "it keeps the first, which it was told of at once"
+    assert rest.decoded_s == pytest.approx(0.25), "the limit of TPOT runs from its first token"
 
 
 def test_a_grant_that_overtakes_the_deferral_counts():

@@ -1,11 +1,14 @@
 """How large the chunks of an adaptive worker are beside its decodes."""
 
+from math import inf
+
 import pytest
 
-from tests.core.build import assign, capacity, flip
+from tests.core.build import assign, capacity, flip, offer
 from tests.core.driver import working
 from tests.core.reading import only
 from tetri.core.actions import Step
+from tetri.core.worker.chunk_limit import AIMED, EXPECTED, GAINED
 from tetri.cost import Cost
 from tetri.request import Slo
 
@@ -144,3 +147,80 @@ def test_a_flip_begins_and_ends_it():
     told.tell(flip("mixed", 9))
     told.step()
     assert only(told.later(), Step) == [Step(1)]
+
+
+def test_what_is_not_in_the_batch_takes_no_time_from_its_steps(monkeypatch):
+    """A prompt that will decode here, and KV on its way here: the next step has the context of the decode only."""
+    seen = []
+    monkeypatch.setattr("tetri.core.worker.chunk_limit.limit", lambda step, *_: seen.append(step) or 16)
+    told = beside()
+    told.tell(offer("far", prompt=40, offer=7, src="p1"))
+    asked(told, prompt=300)
+    told.step()
+    told.later()
+    (running,) = told.core.decode.batch.running.values()
+    assert [(step.batch, step.context) for step in seen[-2:]] == [(1, running.size - 1), (1, running.size)]
+
+
+@pytest.mark.parametrize("blocks, tokens", [(200, 63), (40, 32)])
+def test_a_prompt_without_memory_presses_nobody(blocks, tokens):
+    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.0)), decode=((1.0, 0.5),))
+    told = beside(None, cost=dearer_beyond_32, capacity=LARGE.changed(blocks=blocks, context=160))
+    assert asked(told, prompt=156, ttft_s=-9.0) == Step(1, tokens)
+
+
+# ---------------------------------------------------------------- the slack of its decodes
+
+LONG = 60  # tokens
+STEPS = {"cost": Cost(decode=((1.0, 0.2),)), "capacity": capacity(blocks=60, context=200, max_batch=4)}
+
+
+def slack(told, after=0.0, skipped=0):
+    """So long after now."""
+    core = told.core
+    running = core.decode.batch.running.values()
+    step_s = core.cost.decode_s(len(running), sum(request.size for request in running))
+    return core.chunk_limit.slack_s(step_s, told.now + after, skipped)
+
+
+def limited(*limits, tokens=2, **changes):
+    """Requests with these limits of TPOT, with so many tokens since their first one a moment ago."""
+    told = working("d1", "p1", **{"stream_interval": 1, "reserve_share": 1.0, **STEPS, **changes})
+    told.later(1.0)
+    for place, limit_s in enumerate(limits):
+        told.land(f"r{place}", number=place + 1, max_tokens=LONG, tpot_s=limit_s)
+    for _ in range(tokens - 1):
+        told.step()
+    return told
+
+
+def test_without_a_limit_a_step_may_take_any_time():
+    assert slack(limited(tokens=1)) == slack(limited(None)) == inf
+
+
+def test_a_step_may_take_the_time_that_its_decodes_are_ahead():
+    told = limited(1.0)
+    ahead_s = 2 * AIMED * 1.0
+    assert slack(told) == pytest.approx(ahead_s)
+    assert slack(told, 1.5) == pytest.approx(ahead_s - 1.5)
+    assert slack(told, ahead_s - 0.1) == inf  # its limit is lost, whatever the step takes
+    told.step()
+    assert slack(told) == pytest.approx(ahead_s + AIMED)
+
+
+def test_of_many_decodes_the_one_that_is_least_ahead_counts_and_some_are_skipped():
+    told = limited(3.0, None, 2.0, 1.0)
+    ahead = [2 * AIMED * 1.0, 3 * AIMED * 2.0, 5 * AIMED * 3.0]
+    assert [slack(told, skipped=skipped) for skipped in range(4)] == [*map(pytest.approx, ahead), inf]
+    assert slack(told, 2.0) == pytest.approx(ahead[1] - 2.0)  # the limit of the last one is lost
+
+
+def test_decodes_catch_up_with_what_they_usually_write_yet():
+    told = limited(1.0)
+    told.core.decode.forecast.learn(40)
+    ahead_s, more = 2 * AIMED, EXPECTED * 40
+    assert slack(told) == pytest.approx(ahead_s + more * (AIMED * 1.0 - 0.2))
+    assert slack(told, 3.0) == pytest.approx(ahead_s + more * (AIMED * 1.0 - 0.2) - 3.0)
+    slow = limited(1.0, cost=Cost(decode=((1.0, 0.99),)))  # steps take longer than what it aims at
+    slow.core.decode.forecast.learn(40)
+    assert slack(slow) == pytest.approx(ahead_s + more * GAINED * AIMED * 1.0)

@@ -25,6 +25,7 @@ from tetri.core.actions import (
     RequestRejected,
     StayRequest,
 )
+from tetri.core.prefill.scheduler import OVERTAKEN_S
 from tetri.policy.rules import Rules
 from tetri.request import Stage
 from tetri.wire.handover import Grant, Offer
@@ -361,3 +362,22 @@ def test_an_adaptive_instance_without_memory_offers_its_prompt_to_the_shorter_st
     told.view(d1=Load(free_blocks=90, step_s=0.2), d2=Load(free_blocks=90, step_s=0.1))
     told.tell(assign("a", prompt=60, max_tokens=8, siblings=["b"]))  # 15 of 40 blocks, and two copies
     assert [each.rid for each in sent(told.step(), "d2", Offer)] == ["a"]
+
+
+# ---------------------------------------------------------------- memory for a prompt beside hand-overs
+
+
+def test_hand_overs_do_not_overtake_a_prompt_for_ever():
+    """Decodes of four blocks come and end all the time, and the one prompt needs seven of twelve blocks."""
+    told = working("m1", "p1", role="auto", capacity=capacity(blocks=12, context=48, max_batch=4), slots=30)
+    told.running("r0", prompt=16, src="p1", max_tokens=6)
+    told.tell(assign("a", prompt=28, max_tokens=4))
+    began = told.now
+    for number in range(1, 50):
+        told.later(0.2)
+        told.step()
+        told.land(f"r{number}", prompt=16, number=1 + number, src="p1", max_tokens=6)
+        if ("a", "queued", 0) not in told.holds():
+            break
+        told.tell(close(f"r{number - 1}"))
+    assert OVERTAKEN_S <= told.now - began < OVERTAKEN_S + 2 and number > 3

@@ -100,6 +100,7 @@ def test_what_an_instance_shows():
             **{
                 "iid": "d0",
                 "role": "mixed",
+                "keeps": "",
                 "state": "lost",
                 "note": "n",
                 "blocks": 9,

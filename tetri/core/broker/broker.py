@@ -59,8 +59,10 @@ from tetri.wire.messages import (
 )
 
 VIEW = ("view", "")
+OLD_S = 2.0  # a view after which none has come for so long counts no more, as at the workers
 SLOW_S = 1.0  # how often the broker looks whether a slow client has got the end of its request
 NO_LIMITS = Slo()
+NO_VIEW = ClusterView(epoch=0, number=0, loads=[])
 
 
 class Broker:
@@ -133,6 +135,8 @@ class Broker:
                 self.timers.set(VIEW, now + self.limits.heartbeat_s)
                 if not self.table.open:
                     self.check()
+                if self.seen is not None and now - self.seen[1] > OLD_S:
+                    self.members.viewed(NO_VIEW)
                 self.costs.correct(self.members.by_iid.values())
                 actions += [*self.members.prune(now), *self.members.refresh(now)]
             elif what == "silence":

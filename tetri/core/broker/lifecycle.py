@@ -15,7 +15,7 @@ from tetri.core.broker.migrations import Migrations
 from tetri.core.broker.observer import StepTokens
 from tetri.core.broker.readiness import PairChecks
 from tetri.core.broker.requests import BEFORE_TOKENS, ON_DECODER, Choice, Request
-from tetri.core.broker.slo import left
+from tetri.core.broker.slo import left, seconds_left
 from tetri.core.broker.suspects import (
     SUSPECT_DEATHS,
     away_from,
@@ -88,7 +88,7 @@ class Lifecycle:
         tokens = len(request.prompt) + len(lead.output)
         pool = self.members.pool(tokens, self.table)
         work_s = min(max(self.costs.work_s(tokens), SHORT_S), LONG_S)
-        pool.ttft_s = left(lead, now).ttft_s or 0.0
+        pool.ttft_s = seconds_left(lead, now)
         failing = self.breaker.failing if request.avoid else self.breaker.blocked(now)
         allowed = away_from([*request.avoid, *request.gave_up, *lost_with(request), *failing], pool)
         column = self._route(work_s * self.costs.cost.prefill, allowed, self.rng) if pool.iids else None

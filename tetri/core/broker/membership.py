@@ -368,6 +368,7 @@ class Members:
                 unread_by=member.unread_by,
                 step_ratio=member.step_ratio,
                 activity=member.activity,
+                keeps=self._keeping.get(member.iid, ""),
             )
             for member in sorted(self.by_iid.values(), key=lambda member: member.iid)
         ]

@@ -47,12 +47,12 @@ class Migrations:
                 continue
             coming, going = arriving.get(report.iid, ()), outgoing.get(report.iid, ())
             places = report.load.running + report.load.waiting + len(coming)
-            rests = self.rests.get(report.iid, now) > now
+            takes = report.iid not in view.keeps and self.rests.get(report.iid, now) <= now
             instance = DecodeInstance(
                 *(report.iid, member.role),
                 free_blocks=report.load.free_blocks - sum([decode.needs for decode in coming]),
                 running=report.load.running,
-                places=0 if rests else member.instance.capacity.max_batch - places,
+                places=member.instance.capacity.max_batch - places if takes else 0,
                 outgoing=len(going),
                 outgoing_blocks=sum([decode.blocks for decode in going]),
             )

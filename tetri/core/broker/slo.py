@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from collections import deque
+from math import ceil, inf
 
 from tetri.core.broker.requests import Choice
 from tetri.cost import CorrectedCost, Cost
@@ -34,7 +35,7 @@ class Limiter:
         """The limits of a request that names none."""
         ttft_s, tpot_s = self.deployment.ttft_s, self.deployment.tpot_s
         if self._sorted and (ttft_s is None or tpot_s is None):
-            long = self._sorted[int(QUANTILE * (len(self._sorted) - 1))]
+            long = self._sorted[ceil(QUANTILE * len(self._sorted)) - 1]
             ttft_s = ttft_s or TTFT_TIMES * self.cost.prompt_s(long, 0, self.chunk_tokens) or None
             tpot_s = tpot_s or TPOT_TIMES * self.cost.decode_s(1, long) or None
         return Slo(ttft_s=ttft_s, tpot_s=tpot_s)
@@ -55,6 +56,12 @@ def left(choice: Choice, now: float) -> Slo:
     else:
         due = None if slo.tpot_s is None else first_at + slo.tpot_s * len(choice.output)
     return slo.changed(ttft_s=None if due is None else due - now)
+
+
+def seconds_left(choice: Choice, now: float) -> float:
+    """The seconds that are left for its prefill; infinite without a limit."""
+    ttft_s = left(choice, now).ttft_s
+    return inf if ttft_s is None else ttft_s
 
 
 def result(choice: Choice, ttft_s: float | None, jct_s: float) -> str:

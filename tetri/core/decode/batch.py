@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import islice, takewhile
-from math import inf
 from typing import Any
 
 from tetri.core.actions import Broken, HoldRequest
@@ -21,9 +20,6 @@ from tetri.policy.views import BatchMember, BatchView, WaitingRequest
 from tetri.request import LengthRange, Token, blocks_for
 from tetri.wire.messages import End, TokenItem
 
-AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
-EXPECTED = 0.5  # of the usual output: tokens in which a running request may catch up with its limit
-GAINED = 0.3  # of its limit, at least, in each of these: the batch gets smaller when no prompts join it
 Ended = list[tuple[DecodeRequest, End]]
 
 
@@ -37,6 +33,7 @@ class Batch:
     lone        the request that the next step must compute alone: the next to be admitted, or in the batch since such a
                 step; None if there is none
     held        those of `running` that a lone step leaves out
+    promised    blocks for a prompt of this instance, that no hand-over gets
     """
 
     def __init__(self, own: Identity, ledger: Ledger, forecast: LoadForecast, activity: ActivityLog) -> None:
@@ -47,6 +44,7 @@ class Batch:
         self.preempted: dict[str, DecodeRequest] = {}
         self.lone: DecodeRequest | None = None
         self.held: list[str] = []
+        self.promised = 0
         self._landings = 0
         self._stuck = False  # the last step ran nothing: all are preempted and wait for memory
         self._changed = False  # whether the admission policy must be asked again
@@ -158,6 +156,10 @@ class Batch:
             request.alone, self.lone, self._changed = False, None, True
 
     def kept_free(self) -> int:
+        """Return the blocks that no hand-over gets: the batch or a prompt does."""
+        return self.growth() + self.promised
+
+    def growth(self) -> int:
         """Return the blocks that must stay free for the growth of the batch, as the admission policy assumed.
 
         Counted once between two steps: many offers may arrive in that time, and a grant does not change the result."""
@@ -181,22 +183,6 @@ class Batch:
             for key, request in self.landed.items()
         ]
         return ADMISSIONS[self.own.rules.admit](waiting, self._view(self.running, most))
-
-    def slack_s(self, now: float, skipped: int) -> float:
-        """Return how long the next step may take so that the running requests keep their limits of TPOT, with a part of
-        the tokens that they are expected to write yet; infinite without limits. The `skipped` requests with the least
-        slack do not count, nor those that cannot keep their limits any more."""
-        step_s = self.forecast.cost.decode_s(len(self.running), self.forecast.context)
-        more, slacks = EXPECTED * self.forecast.usual_output, list[float]()
-        for request in self.running.values():
-            if request.offer.tpot_s is not None:
-                tpot_s = AIMED * request.offer.tpot_s
-                ahead_s = request.first_at - now + len(request.tokens) * tpot_s
-                slack_s = ahead_s + more * max(tpot_s - step_s, GAINED * tpot_s)
-                if slack_s >= step_s:
-                    slacks.append(slack_s)
-        slacks.sort()
-        return slacks[skipped] if skipped < len(slacks) else inf
 
     def stuck(self) -> bool:
         """Return whether no request of the batch can run until memory is freed."""

@@ -231,8 +231,11 @@ class HandOvers:
         fetches = hand_over.ready and hand_over.flow.broken is None
         actions: list[Action] = [self.kv_receive.fetch(message, hand_over)] if fetches else []
         for place, token in enumerate(message.tokens):
-            if token is None and place in hand_over.requests:
-                actions += self._release(hand_over.requests[place])
+            request = hand_over.requests.get(place)
+            if request is not None and token is not None:
+                request.first_at = self.batch.activity.now - message.decoded_s
+            elif request is not None:
+                actions += self._release(request)
         return actions
 
     def adopted(self, event: Adopted, now: float) -> list[Action]:

@@ -57,6 +57,7 @@ class Peers:
         """Forget the loads when no view has arrived for `view_s`. Without new reports, reservations would count for
         ever; without loads, each instance counts as empty until it refuses."""
         if self._view is not None and now - self.seen_at > self.own.view_s:
+            self.member_version += bool(self._view.keeps)
             self._view = None
             self.version += 1
 
@@ -72,6 +73,10 @@ class Peers:
     def keeps(self, iid: str) -> bool:
         """Return whether an instance keeps to prefill for now."""
         return self._view is not None and iid in self._view.keeps
+
+    def hands_over(self) -> bool:
+        """Return whether this instance keeps to prefill, and another one can decode what it prefills."""
+        return self.keeps(self.own.iid) and any(iid in self.up and not self.keeps(iid) for iid in self._decoders)
 
     def loads(self) -> dict[str, InstanceLoad]:
         """Return the newest reports by instance, perhaps of an earlier incarnation."""

@@ -290,8 +290,10 @@ class Dispatcher:
         return [self._announced(request, chunk) for chunk in chunks]
 
     def _announced(self, request: PrefillRequest, chunk: KVChunk) -> Send:
-        tokens = request.firsts() if chunk.stop == request.flow.blocks else []
-        return Send(request.flow.target, Chunk(**self.address(request), **chunk.fields(), tokens=tokens))
+        last = chunk.stop == request.flow.blocks
+        tokens, decoded_s = (request.firsts(), self.activity.now - request.computed_at) if last else ([], 0.0)
+        message = Chunk(**self.address(request), **chunk.fields(), tokens=tokens, decoded_s=decoded_s)
+        return Send(request.flow.target, message)
 
     def refused(self, request: PrefillRequest, why: str) -> None:
         """Close a refused offer and queue the request again. Ask that instance again only after a new view."""

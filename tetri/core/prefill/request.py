@@ -179,6 +179,7 @@ class PrefillRequest:
     done: int = 0  # tokens computed
     wanted_at: float | None = None  # when a decode instance was first looked for
     asked_at: float = 0.0  # when its offer was last sent
+    computed_at: float = 0.0  # when it got its first tokens
     turn: int = 0  # place in the order of starts; 0: not started
     running: bool = False  # its engine request is in the engine
     held: bool = False  # the engine keeps it out of the steps (HoldRequest)

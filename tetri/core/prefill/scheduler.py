@@ -28,6 +28,7 @@ from tetri.policy.views import Progress, QueuedPrompt
 from tetri.request import Stage, blocks_for
 from tetri.wire.messages import Assign, End, Failed, Hold, Resend, Staged, TokenItem, Tokens
 
+OVERTAKEN_S = 1.0  # so long hand-overs may get memory that the first prompt waits for
 MOST_FAILED = 1024  # attempts that were given up here and are still known
 
 
@@ -39,6 +40,7 @@ class PrefillScheduler:
     expected   the planned chunk
     budget     tokens of the planned step that prefill may use
     arrived    requests that were ever assigned, and `arrived_s` the predicted seconds of their prefill in full chunks
+    decodes    their choices that decode
     ttft_s     the limit of TTFT of the last of them; 0: it had none
     """
 
@@ -65,8 +67,9 @@ class PrefillScheduler:
         self._attempts: dict[str, dict[str, PrefillChoice]] = {}  # rid -> its attempts here, by key
         self._failed: dict[str, Action] = {}  # key of an attempt that was given up -> its Failed, oldest first
         self._arrivals = self._turns = 0
-        self.arrived, self.arrived_s = 0, 0.0
+        self.arrived, self.arrived_s, self.decodes = 0, 0.0, 0
         self.ttft_s = 0.0
+        self._lacking: tuple[PrefillRequest, float] | None = None  # the first prompt, and since when it lacks memory
 
     @property
     def slots_used(self) -> int:
@@ -107,8 +110,9 @@ class PrefillScheduler:
         due = now + min(ends) if ends else None
         self.arrived += 1
         self.arrived_s += own.cost.shared_s(tokens, own.capacity.chunk_tokens) * self.cost.prefill
-        if not message.output:
-            self.ttft_s = message.slo.ttft_s or 0.0
+        self.decodes += len(choices) if len(output) + 1 < message.sampling.max_tokens else 0
+        if not output:
+            self.ttft_s = max(message.slo.ttft_s or 0.0, 0.0)
         queued = QueuedPrompt(key, self._arrivals, tokens, now, left_s * self.cost.prefill, due)
         sampling = message.sampling
         if choices[0].rid != message.rid:
@@ -169,6 +173,7 @@ class PrefillScheduler:
         If slots are short for any chunk, start the first prompt all the same, so that it is offered: once granted, it
         may use the reserve. One that stays here needs no slots, and goes on at once."""
         self.budget, most = budget, self.own.capacity.max_batch
+        self._look_for_memory(free, now)
         prompts = candidates(self.queue, self.requests, budget, free, most)
         self._choose(prompts)
         keys = [span.key for span in self.expected]
@@ -179,6 +184,18 @@ class PrefillScheduler:
         if self.queue.short and any(request.flow.stays for request in fresh):
             self._choose([prompt for prompt in prompts if self.requests[prompt.key].running])
         return actions
+
+    def _look_for_memory(self, free: int, now: float) -> None:
+        first = next((request for request in self.in_order() if not request.running), None)
+        if first is None or first.flow.blocks <= free:
+            self._lacking = None
+        elif self._lacking is None or self._lacking[0] is not first:
+            self._lacking = first, now
+
+    def overtaken(self, now: float) -> int:
+        """Return the blocks of the first prompt, if it has lacked memory for OVERTAKEN_S: hand-overs that came later
+        may have got what was free."""
+        return self._lacking[0].flow.blocks if self._lacking and now - self._lacking[1] >= OVERTAKEN_S else 0
 
     def in_order(self) -> Iterator[PrefillRequest]:
         """Yield the queued requests in the order in which their prompts are computed, as far as it is known."""
@@ -306,7 +323,7 @@ class PrefillScheduler:
             if reason:
                 choice.end = End(reason=reason, receipt=request.receipt(self.own.iid), error=sampled.error)
             choice.token = None if sampled.error else sampled.ids[-1]
-            requests[request.key] = request
+            requests[request.key], request.computed_at = request, self.activity.now
             if not choice.closed:
                 items.append(TokenItem(choice.rid, choice.attempt, len(request.output), list(sampled.ids), choice.end))
         after = [action for request in requests.values() for action in self._computed(request)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import accumulate, islice, takewhile
+from math import inf
 
 from tetri.core.decode.batch import Batch
 from tetri.core.prefill.request import PrefillRequest
@@ -14,6 +15,9 @@ from tetri.policy.views import MixedStep
 LOOKED_AT = 32  # most queued prompts that are looked at
 PRESSING = 0.5  # a prompt presses when it has waited for this share of its limit of TTFT,
 PATIENT = 3.0  # or for so many times as long as it takes to compute it alone, if that is sooner
+AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
+EXPECTED = 0.5  # of the usual output: tokens in which a running request may catch up with its limit
+GAINED = 0.3  # of its limit, at least, in each of these: the batch gets smaller when no prompts join it
 
 
 class ChunkLimit:
@@ -28,11 +32,27 @@ class ChunkLimit:
         queued = [*islice(self.prefill.in_order(), LOOKED_AT)]
         start, left = queued[0].done if queued else 0, [request.goal - request.done for request in queued]
         ends = takewhile(lambda size: size <= most, accumulate(left))
-        pressing = sum(_presses(request, now) for request in queued)
-        batch, slack_s = self.batch, self.batch.slack_s(now, pressing)
-        context = batch.forecast.context
-        step = MixedStep(len(batch.running), context, slack_s, pressing > 0, start, tuple(ends))
-        return limit(step, self.cost, most)
+        free = self.prefill.ledger.free - self.batch.growth()
+        pressing = sum(_presses(request, now) for request in queued if request.running or request.flow.blocks <= free)
+        running = self.batch.running.values()
+        context = sum([request.size for request in running])
+        slack_s = self.slack_s(self.cost.decode_s(len(running), context), now, pressing)
+        return limit(MixedStep(len(running), context, slack_s, pressing > 0, start, tuple(ends)), self.cost, most)
+
+    def slack_s(self, step_s: float, now: float, skipped: int) -> float:
+        """Return how long the next step may take so that the running requests keep their limits of TPOT, with a part of
+        the tokens that they are expected to write yet; infinite without limits. The `skipped` requests with the least
+        slack do not count, nor those that cannot keep their limits any more. `step_s`: a step without a chunk."""
+        more, slacks = EXPECTED * self.batch.forecast.usual_output, list[float]()
+        for request in self.batch.running.values():
+            if request.offer.tpot_s is not None:
+                tpot_s = AIMED * request.offer.tpot_s
+                ahead_s = request.first_at - now + len(request.tokens) * tpot_s
+                slack_s = ahead_s + more * max(tpot_s - step_s, GAINED * tpot_s)
+                if slack_s >= step_s:
+                    slacks.append(slack_s)
+        slacks.sort()
+        return slacks[skipped] if skipped < len(slacks) else inf
 
 
 def _presses(request: PrefillRequest, now: float) -> bool:

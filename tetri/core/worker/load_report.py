@@ -140,6 +140,7 @@ class LoadReporter:
             "chunk_s": self.cost.chunk_s((Span("", 0, knee),)),
             "arrived": prefill.arrived,
             "arrived_s": prefill.arrived_s,
+            "decodes": prefill.decodes,
             "ended": forecast.ended,
             "ended_tokens": forecast.ended_tokens,
             "ttft_s": prefill.ttft_s,

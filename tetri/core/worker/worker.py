@@ -207,7 +207,8 @@ class Worker:
     def _step(self, now: float) -> list[Action]:
         """Plan the next engine step. Each decode takes one token of the step's token budget, a prefill chunk gets the
         rest. While prompts wait, the batch is therefore kept smaller than the budget."""
-        queued = len(self.prefill.queue)
+        queued, batch, prefill = len(self.prefill.queue), self.decode.batch, self.prefill
+        batch.promised = prefill.overtaken(now) if queued and batch.running else 0  # what decodes write frees memory
         if not queued and not self.decode.forecast.requests:
             self.idle = True
             return []
@@ -218,7 +219,6 @@ class Worker:
             if lone_steps.running is not None or lone_steps.waits:
                 return self._start_step(actions, 1, now) if lone_steps.running is not None else self._wait(actions)
         budget, most = self.own.capacity.chunk_tokens, self.own.capacity.max_batch
-        batch, prefill = self.decode.batch, self.prefill
         admitted = self.decode.admit(min(most, budget - 1) if queued else most)
         decodes = len(batch.running) - len(batch.preempted)
         actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
@@ -227,7 +227,7 @@ class Worker:
             if self.role == "auto" and not batch.stuck():  # else a prompt may hold the memory that the batch needs
                 chunk = self.chunk_limit.tokens(budget - decodes, now)
             # A prompt that stays keeps its blocks: leave the batch what it will need, as a grant does.
-            free = self.ledger.free - (batch.kept_free() if self.dispatcher.decodes_here else 0)
+            free = self.ledger.free - (batch.growth() if self.dispatcher.decodes_here else 0)
             actions += self._deliver_own(prefill.plan(budget - decodes if chunk is None else chunk, free, now), now)
         lone = batch.lone or prefill.lone()
         if lone is not None and not lone_steps.gives_way(lone):

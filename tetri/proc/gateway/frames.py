@@ -123,7 +123,7 @@ class Frames:
 def _instance(each: Mapping[str, Any], did: Rates) -> dict[str, Any]:
     load = each["load"]
     return {
-        **{name: each[name] for name in ("iid", "role", "state", "note", "blocks")},
+        **{name: each[name] for name in ("iid", "role", "keeps", "state", "note", "blocks")},
         "free": free_blocks(load),
         **{name: load[name] for name in ("queued", "queued_tokens", "queued_s")},
         **{name: load[name] for name in ("waiting", "landed", "running", "heavy", "busy")},

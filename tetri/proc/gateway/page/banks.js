@@ -31,7 +31,7 @@ class Card {
     const light = Math.max(0, it.running + it.waiting - it.heavy);
     mark(this.button, "role", it.role);
     mark(this.button, "state", it.state);
-    write(this.role, it.state === "ready" ? it.role : it.state);
+    write(this.role, it.state !== "ready" ? it.state : it.keeps ? `${it.role} (${it.keeps})` : it.role);
     const busy = it.state === "ready" ? it.busy : null;
     write(this.busy, percent(busy));
     style(this.loadBar, "--part", (busy ?? 0).toFixed(2));
