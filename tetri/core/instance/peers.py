@@ -74,7 +74,7 @@ class Peers:
         """Return whether an instance keeps to prefill for now."""
         return self._view is not None and iid in self._view.keeps
 
-    def hands_over(self) -> bool:
+    def prefills_only(self) -> bool:
         """Return whether this instance keeps to prefill, and another one can decode what it prefills."""
         return self.keeps(self.own.iid) and any(iid in self.up and not self.keeps(iid) for iid in self._decoders)
 

@@ -51,7 +51,7 @@ class LivePool:
 
     def refresh(self) -> None:
         """Update the columns from the newest membership, reports and own load."""
-        load = None if self.home is None or self.peers.hands_over() else self.home.load()
+        load = None if self.home is None or self.peers.prefills_only() else self.home.load()
         if self._version != self.peers.version or (load is None) != (self._home_column is None):
             self._build(load)
         elif load is not None and self._home_column is not None:
