@@ -93,9 +93,9 @@ class GatewayConfig:
 
 @dataclass(frozen=True, slots=True)
 class SloConfig:
-    """The limits of latency of requests that name none. They are goals: the choice of a prefill instance, chunk size and
-    admission work towards them, prefill order too if it is `deadline`, and `status` shows how many requests keep them.
-    No request ends because of them."""
+    """The limits of latency of requests that name none. They are goals: the choice of a prefill instance, chunk size
+    and admission work towards them, prefill order too if it is `deadline`, and `status` shows how many requests keep
+    them. No request ends because of them."""
 
     ttft_s: float = number(0.0, 0, 86400)  # to the first token; 0: 6 times the prefill alone of the p90 prompt
     tpot_s: float = number(0.0, 0, 86400)  # between two tokens, on average; 0: 3 times a decode step alone

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from statistics import median_high
 
 from tetri.core.broker.membership import Member
 from tetri.cost import CorrectedCost, Cost, CostError
@@ -53,7 +54,7 @@ class Costs:
             ratio, scale = member.step_ratio, self._scales.get(member.iid, (1.0, 1.0))
             prefills += [] if ratio.prefill is None else [ratio.prefill * scale[0]]
             decodes += [] if ratio.decode is None else [ratio.decode * scale[1]]
-        self.cost.correct(_middle(prefills), _middle(decodes))
+        self.cost.correct(*(median_high(ratios) if ratios else None for ratios in (prefills, decodes)))
 
     def _scale(self, table: Cost) -> tuple[float, float]:
         """How much longer a whole chunk, and a decode step of one request, take by this table."""
@@ -62,10 +63,6 @@ class Costs:
         decodes = table.decode_s(1, 0), own.decode_s(1, 0)
         prefill, decode = (found / known if found and known else 1.0 for found, known in (prefills, decodes))
         return prefill, decode
-
-
-def _middle(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None
 
 
 def _valid(announced: CostTable) -> Cost | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
+from statistics import median_high
 from typing import Any
 
 from tetri.core.actions import BROKER, Publish, Send
@@ -74,12 +75,12 @@ def _table(cost: Cost) -> CostTable:
 
 
 def _median(ratios: deque[float]) -> float | None:
-    return sorted(ratios)[len(ratios) // 2] if len(ratios) >= LEAST else None
+    return median_high(ratios) if len(ratios) >= LEAST else None
 
 
 def _middle(limits: Iterable[float | None]) -> float:
-    found = sorted(limit for limit in limits if limit is not None)
-    return found[len(found) // 2] if found else 0.0
+    found = [limit for limit in limits if limit is not None]
+    return median_high(found) if found else 0.0
 
 
 class LoadReporter:
