@@ -6,6 +6,7 @@ from tests.core.build import heartbeat, report
 from tests.core.reading import Told, only, sent
 from tetri.core.actions import BROKER, Broken, Publish
 from tetri.core.monitor import Monitor
+from tetri.core.separation import Separation
 from tetri.policy import rules as tables
 from tetri.policy.views import FlipSettings
 from tetri.wire.events import PeerDown, PeerUp
@@ -76,6 +77,19 @@ def test_who_is_silent_ages_and_is_left_out_at_last():
     assert [load.iid for load in view.loads] == ["p0"]
     (view,) = views(told.tell(report("d0", "decode")))  # it had only been silent
     assert [load.iid for load in view.loads] == ["p0", "d0"]
+
+
+def test_an_instance_that_is_silent_does_not_count_as_one_that_decodes(monkeypatch):
+    """If all others kept to prefill, nobody would decode."""
+    asked = []
+    monkeypatch.setattr(Separation, "look", lambda self, loads, now: asked.append([*loads]) or {})
+    told = monitor(stale_s=1.0, gone_s=5.0)
+    told.tell(report("a0", "auto"), report("a1", "auto"), report("p0", "prefill"))
+    told.later(0.0)
+    told.now = 1.5
+    told.tell(report("a0", "auto"))
+    told.later(0.0)
+    assert asked[-2:] == [["a0", "a1"], ["a0"]]
 
 
 # ---------------------------------------------------------------- what the policies see

@@ -1,6 +1,7 @@
 """Which prefill instance a request goes to."""
 
 from collections import Counter
+from math import inf
 from random import Random
 
 import pytest
@@ -64,7 +65,9 @@ def test_among_fixed_roles_the_adaptive_route_takes_the_least_loaded():
         (3.0, [(1.0, 1.0, 5), (0.4, 1.0, 9), (3.0, 1.0, 0)], 1),  # in half of the time, so the others do not matter
         (1.5, [(1.0, 1.0, 5), (0.5, 1.0, 9), (0.8, 1.0, 0)], 1),  # none is in time: where it is computed first
         (2.0, [(1.0, 1.0, 9), (0.5, 0.5, 0)], 0),
-        (0.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),  # it has no limit, or is late
+        (0.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),  # it is late
+        (inf, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),  # it has no limit
+        (inf, [(1.0, 1.0, 3), (1.0, 1.0, 2), (1.0, 0.5, 1)], 1),  # on a tie the one with fewer requests
         (-5.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),
         (8.0, [(9.0, 1.0, 0), (9.0, 1.0, 2), (0.0, 1.0, 7), (0.0, 1.0, 9)], 2),  # of the next group that is in time
     ],
@@ -77,14 +80,15 @@ COLUMN = st.tuples(st.integers(0, 9).map(float), st.sampled_from([0.02, 0.5, 1.0
 
 
 @settings(deadline=None, derandomize=True)
-@given(st.lists(COLUMN, min_size=1, max_size=12), st.integers(-1, 40).map(float))
+@given(st.lists(COLUMN, min_size=1, max_size=12), st.integers(-1, 40).map(float) | st.just(inf))
 def test_no_other_instance_suits_the_prompt_better(columns, ttft_s):
     def seconds(place):
         return (columns[place][0] + 1.0) / columns[place][1]
 
     def rank(place):
-        late = sum(seconds(place) >= share * ttft_s for share in IN_TIME)
-        return late, columns[place][2] if late < len(IN_TIME) else 0, seconds(place), place
+        late = len(IN_TIME) if ttft_s == inf else sum(seconds(place) >= share * ttft_s for share in IN_TIME)
+        requests = columns[place][2]
+        return late, requests if late < len(IN_TIME) else 0, seconds(place), requests, place
 
     ranks = {place: rank(place) for place in range(len(columns))}
     assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == min(ranks, key=ranks.__getitem__)

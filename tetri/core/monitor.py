@@ -171,7 +171,8 @@ class Monitor:
         self.number += 1
         known = self.instances.items()
         loads = [InstanceLoad(iid, each.incarnation, each.role, now - each.at, each.load) for iid, each in known]
-        adaptive = {iid: each.load for iid, each in known if each.role == "auto"}
+        live = {iid: each for iid, each in known if now - each.at <= self.stale_s}  # one that is silent decodes nothing
+        adaptive = {iid: each.load for iid, each in live.items() if each.role == "auto"}
         keeps = self.separation.look(adaptive, now)
         return Publish(ClusterView(epoch=self.epoch, number=self.number, loads=loads, flip=self.flip, keeps=keeps))
 

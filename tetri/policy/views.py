@@ -18,7 +18,7 @@ class PrefillPool:
     prefill work that is assigned to it and not done. `share`: the share of its time that prefill gets there while its
     decodes keep their limits of TPOT. `requests`: the open requests of an adaptive instance that decodes, and 1; 0 for
     any other. `groups`: the columns by `requests`; empty if no instance is adaptive. `ttft_s`: seconds that are left
-    until the first token of the request is late; 0 if it has no limit, or is late. `last`: the column chosen last, -1
+    until the first token of the request is late, infinite without a limit. `last`: the column chosen last, -1
     before the first choice; the pool's owner maintains it for `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
