@@ -24,10 +24,10 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
 
 def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
     """Of the instances that are expected to compute the prompt in half of the time that is left, the one with the
-    fewest requests, of these the one that computes it first; else of those in all of that time; if none is in time, the
-    one that computes it first, as without a limit. An instance is expected to compute all work assigned to it in the share of its time that
-    its decodes leave. Instances in fixed roles, and those that keep to prefill, count as having no requests: there a
-    prompt delays no decode. Among fixed roles this is `least_loaded`. Not in the paper."""
+    fewest requests, of these the one that computes it first; else of those in all of that time; if none is in time, or
+    without a limit, the one that computes it first. An instance is expected to compute all work assigned to it in the
+    share of its time that its decodes leave. Instances in fixed roles, and those that keep to prefill, count as having
+    no requests: there a prompt delays no decode. Among fixed roles this is `least_loaded`. Not in the paper."""
     if not pool.groups:
         return least_loaded(work_s, pool, rng)
     seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
