@@ -20,7 +20,11 @@ from tetri.sim.sweep.arrangements import AUTO, Arrangement
 from tetri.sim.sweep.cases import Case
 from tetri.sim.sweep.results import Attainment, Result, Spread
 
-SOURCES = ("core", "policy", "engine/paged.py", "engine/plan.py", "cost.py")  # what decides in a run of `auto`
+#: What a run of `auto` depends on.
+SOURCES = (
+    *("core", "policy", "cost.py", "executor.py", "engine/paged.py", "engine/plan.py"),
+    *("sim/instance.py", "sim/kernel.py", "sim/links.py", "sim/nodes.py", "sim/scripted.py", "sim/world.py"),
+)
 
 
 class StoreError(ValueError):
@@ -84,7 +88,7 @@ def _digest(case: Case, arrangement: Arrangement) -> str:
     if arrangement.kind not in evaluate.QUICK:
         parts += [evaluate.LOAD_S, evaluate.RULES]
     if arrangement.kind == AUTO:
-        parts.append(_sources())
+        parts += [evaluate.CHUNK_TOKENS, _sources()]
     return sha256(repr(parts).encode()).hexdigest()[:12]
 
 
