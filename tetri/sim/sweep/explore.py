@@ -16,7 +16,7 @@ from tetri.sim.sweep.arrangements import AUTO, Arrangement, fixed
 from tetri.sim.sweep.cases import SHIFT, Case
 from tetri.sim.sweep.evaluate import evaluate
 from tetri.sim.sweep.results import Result
-from tetri.sim.sweep.search import GOAL, LEAST, Point, goodput, next_rate, on_ladder
+from tetri.sim.sweep.search import GOAL, LEAST, Point, goodput, next_rate, on_ladder, slope
 from tetri.sim.sweep.store import Store
 
 FIRST = 0.75  # of the fluid bound: the first rate that is tried
@@ -112,9 +112,10 @@ class Explorer:
         return self._found(arrangement, start or FIRST * self.case.bound)
 
     def _found(self, arrangement: Arrangement, start: float) -> Standing:
-        while (rate := next_rate(self._points(arrangement), start)) is not None:
+        sharpness = slope(self.case.instances)
+        while (rate := next_rate(self._points(arrangement), start, sharpness)) is not None:
             self._run(arrangement, rate, LEAST)
-        rate = goodput(self._points(arrangement))
+        rate = goodput(self._points(arrangement), sharpness)
         return Standing(arrangement.name, rate, near=self._near(arrangement, rate))
 
     def _run(self, arrangement: Arrangement, rate: float, least: float) -> Point:
