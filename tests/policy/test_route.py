@@ -1,7 +1,7 @@
 """Which prefill instance a request goes to."""
 
 from collections import Counter
-from math import inf
+from math import inf, nextafter
 from random import Random
 
 import pytest
@@ -86,9 +86,11 @@ def test_no_other_instance_suits_the_prompt_better(columns, ttft_s):
         return (columns[place][0] + 1.0) / columns[place][1]
 
     def rank(place):
-        late = len(IN_TIME) if ttft_s == inf else sum(seconds(place) >= share * ttft_s for share in IN_TIME)
-        requests = columns[place][2]
-        return late, requests if late < len(IN_TIME) else 0, seconds(place), requests, place
+        limits = [share * ttft_s for share in IN_TIME] if ttft_s < inf else [inf, nextafter(soonest, inf)]
+        late = sum(seconds(place) >= limit for limit in limits)
+        return late, columns[place][2] if late < len(IN_TIME) else 0, seconds(place), place
+
+    soonest = min(map(seconds, range(len(columns))))
 
     ranks = {place: rank(place) for place in range(len(columns))}
     assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == min(ranks, key=ranks.__getitem__)
