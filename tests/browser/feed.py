@@ -172,7 +172,8 @@ class World:
         lost, prefill, decode = it.state == "lost", it.role != "decode", it.role != "prefill"
         jitter = random.Random(f"{it.iid} {int(now)}").uniform(0.96, 1.08)
         return {
-            "iid": it.iid, "role": it.role, "state": it.state, "note": it.note, "blocks": BLOCKS,
+            "iid": it.iid, "role": it.role, "keeps": "", "state": it.state, "note": it.note,
+            "blocks": BLOCKS,
             "free": max(0, BLOCKS - used), "queued": len(queued), "queued_tokens": sum(each.prompt for each in queued),
             "queued_s": sum(each.prompt for each in queued) * 2e-4, "waiting": len(decodes) - running, "landed": 0,
             "running": running, "heavy": sum(each.heavy for each in decodes),

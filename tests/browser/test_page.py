@@ -76,12 +76,12 @@ def test_what_a_card_says(show):
         page = show(feed.url)
         shown(page, 4)
         told = {"queued": 3, "queued_s": 1.24, "fill": 0.83, "free": 1536, "busy": 0.62, "waiting": 2, "running": 7}
-        told |= {"heavy": 4, "batch": 6.5, "ratio": {"prefill": 1.02, "decode": None}, "note": ""}
+        told |= {"heavy": 4, "batch": 6.5, "ratio": {"prefill": 1.02, "decode": None}, "note": "", "keeps": "decode"}
         instance = feed.world.instance
         feed.world.instance = lambda it, now: instance(it, now) | told
         text = page.locator("#card-p0")
         facts = "queue time 1.24 s", "fill 83%", "KV used 25%", "512 / 2,048 blocks", "busy 62%", "batch 6.50"
-        for fact in (*facts, "step ratio 1.02", "3 queued · 4 heavy · 5 light · 2 waiting"):
+        for fact in (*facts, "prefill (decode)", "step ratio 1.02", "3 queued · 4 heavy · 5 light · 2 waiting"):
             text.filter(has_text=fact).wait_for(timeout=PATIENCE_MS)
 
 

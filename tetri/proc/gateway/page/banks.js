@@ -48,7 +48,7 @@ class Card {
     this.button.title = it.note;
   }
 
-  marks(it, light) { // heavy and light count those that wait too: hollow marks say how many of all wait
+  marks(it, light) { // heavy and light include those that wait: so many marks are hollow
     const all = it.queued + it.heavy + light;
     style(this.queuedMarks.parentNode, "--step", all > MARKS ? (MARKS / all).toFixed(3) : 1);
     style(this.queuedMarks, "--n", it.queued);

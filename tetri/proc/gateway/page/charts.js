@@ -55,7 +55,7 @@ function axes({ pen, width, height }, top, show, span) {
   pen.fillText("now", width, height - 3);
 }
 
-// A figure with lines over time. `values`: a point -> the value of each line, null or undefined for none.
+// A figure with lines over time. `values`: a point -> the value of each line, or none.
 export class Chart {
   constructor({ title, about = "", lines, values, show, top }) {
     Object.assign(this, { title, about, lines, values, show, top, hover: null });

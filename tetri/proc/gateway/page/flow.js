@@ -26,7 +26,7 @@ export function resize() {
   wake();
 }
 
-// Moves of one message, oldest first: each choice goes once through all its places since the last.
+// Moves of one message, oldest first: a choice goes through all its places since the last.
 export function showMoves(moves, first) {
   const now = performance.now(), routes = new Map();
   for (const [rid, stage, iid, age, attempt] of moves) {
@@ -75,7 +75,7 @@ function curve(from, to, box, seen) { // geometry is read once a frame for each 
   return seen.get(key);
 }
 
-function point({ start, end }, t) { // a cubic curve that leaves and arrives level, or upright where banks are stacked
+function point({ start, end }, t) { // a cubic curve with level ends, or upright ones where banks are stacked
   const s = 1 - t, wide = Math.abs(end.x - start.x) > Math.abs(end.y - start.y);
   const half = { x: (start.x + end.x) / 2, y: (start.y + end.y) / 2 };
   const a = wide ? { x: half.x, y: start.y } : { x: start.x, y: half.y };
