@@ -253,7 +253,7 @@ def test_who_keeps_to_prefill_decodes_when_nobody_else_can(adaptive):
 
 
 def test_without_a_new_view_nobody_keeps_to_prefill(adaptive):
-    adaptive.view(1.0, keeps=("p1", "d1"))
-    assert [*adaptive.columns()] == ["d2"]
+    adaptive.view(1.0, keeps=("d1",))
+    assert [*adaptive.columns()] == ["d2", "p1"]
     adaptive.peers.expire(1.1 + adaptive.peers.own.view_s)
     assert [*adaptive.columns()] == ["d1", "d2", "p1"]
