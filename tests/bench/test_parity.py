@@ -36,7 +36,7 @@ def test_without_the_link_or_with_another_one_it_would_be_seen(config, tmp_path)
     arrivals = list(drawn(16, *LENGTHS, 1, 3.0))
     others = ([], [*LINK, "transfer.emulate_gbs=1.5"])
     setups = (parity.setup_of(parity.deployment(tmp_path, [*SLOW, *other]), 1) for other in others)
-    here, *there = (parity.simulated(setup, arrivals) for setup in (parity.setup_of(config, 1), *setups))
+    here, *there = (parity.simulate(setup, arrivals) for setup in (parity.setup_of(config, 1), *setups))
     assert [parity.within(parity.compared(here, each), BUSY) for each in there] == [False, False]
 
 
@@ -46,7 +46,7 @@ def test_the_simulated_deployment_is_the_configured_one(config):
     assert setup.cost.decode_s(1, 0) == pytest.approx(4 * 0.0266)
     assert (setup.slots, setup.max_batch, setup.chunk_tokens) == (64, 32, 512)
     assert (setup.auto, setup.slo) == (0, Slo())
-    assert len(parity.simulated(setup, [Arrival(0.0, 100, 3), Arrival(0.1, 50, 1)])) == 2
+    assert len(parity.simulate(setup, [Arrival(0.0, 100, 3), Arrival(0.1, 50, 1)])) == 2
 
 
 def test_of_a_case_of_the_sweep_the_instances_are_adaptive_and_have_its_limits_and_memory(tmp_path):

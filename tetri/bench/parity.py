@@ -16,7 +16,6 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from math import inf
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -24,6 +23,7 @@ from typing import Any
 import click
 
 from tetri import cost
+from tetri.bench import simulated
 from tetri.bench.deployment import EMULATED, EXPECTED, START_S, configured, own_folder, running
 from tetri.bench.report import Program, Progress, as_json, give, one_line, overrides, progress, table
 from tetri.client import AsyncClient
@@ -31,7 +31,6 @@ from tetri.config import Config
 from tetri.cost import Cost
 from tetri.metrics import summarise
 from tetri.proc import build
-from tetri.request import Slo
 from tetri.sim.setup import Setup
 from tetri.sim.sweep import cases
 from tetri.sim.sweep.cases import Case
@@ -70,36 +69,8 @@ def _adaptive(folder: Path, instances: int) -> Path:
 
 def setup_of(config: Config, seed: int) -> Setup:
     """Return the simulator's setup for this deployment. Its KV is small: only an emulated link makes transfers slow."""
-    roles = [worker.role for worker in config.workers]
-    link = build.link(config)
-    return Setup(
-        cost=replace(build.table(config) or Cost(), kv_token_bytes=0 if link is None else config.emulated.token_bytes),
-        link_bytes_s=inf if link is None else link.bytes_s,
-        prefill=roles.count("prefill"),
-        decode=roles.count("decode"),
-        mixed=roles.count("mixed"),
-        auto=roles.count("auto"),
-        slo=limits(config),
-        rules=build.rules(config),
-        kv_tokens=config.emulated.blocks * config.engine.block_tokens,
-        block_tokens=config.engine.block_tokens,
-        chunk_tokens=config.engine.chunk_tokens,
-        max_batch=config.engine.max_batch,
-        context=config.emulated.context,
-        slots=config.transfer.slab_blocks,
-        reserve_share=config.transfer.reserve_share,
-        seed=seed,
-        flip=config.monitor.flip,
-        flip_settings=build.flip_settings(config),
-        load_s=config.monitor.load_ms / 1000,
-        heartbeat_s=config.cluster.heartbeat_s,
-        stream_interval=config.engine.stream_interval,
-    )
-
-
-def limits(config: Config) -> Slo:
-    """Return the limits of latency of the deployment."""
-    return Slo(ttft_s=config.slo.ttft_s or None, tpot_s=config.slo.tpot_s or None)
+    token_bytes = 0 if build.link(config) is None else config.emulated.token_bytes
+    return simulated.setup_of(config, replace(build.table(config) or Cost(), kv_token_bytes=token_bytes), seed)
 
 
 def live(config: Config, arrivals: Sequence[Arrival], progress: Progress) -> tuple[list[Arrival], Times]:
@@ -127,21 +98,21 @@ async def _served(config: Config, arrivals: Sequence[Arrival]) -> tuple[list[Arr
     return sent, [(result.ttft_s, result.jct_s, result.slo_result == "met") for result in results]
 
 
-def simulated(setup: Setup, arrivals: Sequence[Arrival]) -> Times:
+def simulate(setup: Setup, arrivals: Sequence[Arrival]) -> Times:
     """Return the times of the requests in the simulator. Raises SimError."""
     outcomes = World(setup, arrivals).run().outcomes
     return [(outcome.ttft_s or 0.0, outcome.jct_s or 0.0, outcome.slo_result == "met") for outcome in outcomes]
 
 
-def compared(true: Times, simulated: Times) -> dict[str, Any]:
+def compared(true: Times, predicted: Times) -> dict[str, Any]:
     """Return mean and p99 of both and the share of the requests that kept their limits, and the relative error of the
     simulator. Goodput is that share times the same rate on both sides."""
     made: dict[str, Any] = {}
     for place, metric in enumerate(("ttft", "jct")):
-        sides = [summarise(times[place] for times in side) for side in (true, simulated)]
+        sides = [summarise(times[place] for times in side) for side in (true, predicted)]
         for share in ("mean", "p99"):
             made[f"{metric}_{share}"] = _off(*(getattr(side, share) for side in sides))
-    made["slo_attainment"] = _off(*(sum(kept for *_, kept in side) / len(side) for side in (true, simulated)))
+    made["slo_attainment"] = _off(*(sum(kept for *_, kept in side) / len(side) for side in (true, predicted)))
     return made
 
 
@@ -157,7 +128,7 @@ def within(run: dict[str, Any], slack: float = 1.0) -> bool:
 def measured(config: Config, arrivals: Sequence[Arrival], seed: int, progress: Progress) -> dict[str, Any]:
     """Serve these requests live and in the simulator, and compare."""
     sent, true = live(config, arrivals, progress)
-    return compared(true, simulated(setup_of(config, seed), sent))
+    return compared(true, simulate(setup_of(config, seed), sent))
 
 
 @click.command(cls=Program)

@@ -151,9 +151,9 @@ def _setup(options: dict[str, Any]) -> Setup:
 def _configured(conf: Path | None, overrides: Overrides) -> Setup:
     """An instance of the configuration. Raises CostError, ConfigError and UsageError."""
     from tetri import cost
+    from tetri.bench.simulated import setup_of
     from tetri.config import default_path, load
     from tetri.proc import build, measured_cost
-    from tetri.sim.setup import Setup
 
     config = load(conf or os.environ.get("TETRI_CONF") or default_path(), overrides)
     table = build.table(config)
@@ -162,26 +162,7 @@ def _configured(conf: Path | None, overrides: Overrides) -> Setup:
     if table is None:
         advice = "give --cost, or start it once with engine.cost = auto"
         raise click.UsageError(f"there is no cost table for this configuration (engine.cost): {advice}")
-    link = build.link(config)
-    return Setup(
-        cost=table,
-        rules=build.rules(config),
-        link_bytes_s=inf if link is None else link.bytes_s,
-        kv_tokens=_kv_tokens(config, table.kv_token_bytes),
-        block_tokens=config.engine.block_tokens,
-        chunk_tokens=config.engine.chunk_tokens,
-        max_batch=config.engine.max_batch,
-        context=config.emulated.context if config.engine.kind == "emulated" else config.model.context,
-        slots=config.transfer.slab_blocks,
-        reserve_share=config.transfer.reserve_share,
-    )
-
-
-def _kv_tokens(config: Config, token_bytes: int) -> int:
-    """Tokens that the KV memory of an instance holds; 0: as in the cost table."""
-    if config.engine.kind == "emulated":
-        return config.emulated.blocks * config.engine.block_tokens
-    return (config.engine.kv_mib << 20) // token_bytes if token_bytes else 0
+    return dataclasses.replace(setup_of(config, table), prefill=1, decode=1, mixed=0, auto=0)
 
 
 # ---------------------------------------------------------------- the answer

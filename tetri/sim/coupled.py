@@ -256,6 +256,18 @@ def fewest_open(engines: Sequence[Replica], request: Arrival) -> int:
     return min(range(len(engines)), key=lambda i: engines[i].open)
 
 
+def round_robin() -> Routing:
+    """Each replica in turn."""
+    turn = -1
+
+    def route(engines: Sequence[Replica], _: Arrival) -> int:
+        nonlocal turn
+        turn = (turn + 1) % len(engines)
+        return turn
+
+    return route
+
+
 def run(
     rule: str,
     limits: CoupledLimits,

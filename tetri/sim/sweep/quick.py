@@ -29,24 +29,13 @@ def both_phases(case: Case, arrangement: Arrangement, rate: float) -> Served:
     """Serve the case with coupled instances."""
     cost, arrivals = costs.load(case.cost), [*case.arrivals(rate)]
     limits = CoupledLimits(SLOTS, arrangement.chunk, cost.kv_tokens)
-    route = fewest_open if arrangement.kind == "coupled-ll" else _round_robin()
+    route = fewest_open if arrangement.kind == "coupled-ll" else coupled.round_robin()
     made = coupled.run("chunked", limits, cost, arrivals, case.instances, route=route)
     both_s = 2 * Setup(cost).link_latency_s  # from the client and back, as with the live cores
     return [
         (arrival, (each.ttft_s + both_s, (each.jct_s - each.ttft_s) / max(each.output - 1, 1), each.jct_s + both_s))
         for arrival, each in zip(arrivals, made.served, strict=True)
     ]
-
-
-def _round_robin() -> coupled.Routing:
-    turn = -1
-
-    def route(engines: Sequence[Replica], _: Arrival) -> int:
-        nonlocal turn
-        turn = (turn + 1) % len(engines)
-        return turn
-
-    return route
 
 
 def tandem(case: Case, split: Arrangement, rate: float) -> Served:
