@@ -54,6 +54,8 @@ RULES = [
     (r"bin/tetri-cli sim run ", RUN, ""),
     (r"bin/tetri-cli sim paper", PARSED, "tests/cli/test_sim_paper.py"),
     (r"(bin/)?tetri-cli sim sweep", PARSED, "tests/cli/test_sim_sweep.py"),
+    (r"(bin/)?tetri-cli bench run ", PARSED, "tests/cli/test_bench_run.py"),
+    (r"(bin/)?tetri-cli bench compare", PARSED, "tests/cli/test_bench_compare.py"),
     (r"bin/tetri-cli profile ", PARSED, "tests/cli/test_profile.py"),
     (r"bin/tetri-cli predictor collect ", PARSED, "tests/cli/test_predictor_collect.py"),
     (r"bin/tetri-cli predictor (train|eval) ", PARSED, "tests/cli/test_predictor_eval.py"),

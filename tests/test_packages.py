@@ -52,7 +52,7 @@ PACKAGES = {
         " text faults",  # with faults it detokenizes, and draws chances as a live deployment does
         "msgspec",
     ),
-    "bench": package(EVERYTHING, "click rich matplotlib msgspec zmq torch vllm grafana_foundation_sdk"),
+    "bench": package(EVERYTHING, "click rich matplotlib msgspec zmq numpy aiohttp torch vllm grafana_foundation_sdk"),
     "executor": package("core engine kv engine_request request instance wire"),
     "client": package("request wire config strict clock private", "zmq msgspec"),
     "proc": package(EVERYTHING, "click httptools msgspec prometheus_client supervisor starlette uvicorn uvloop"),
@@ -103,7 +103,7 @@ ONLY_IN = {
 INSIDE_FUNCTIONS = {  # slow to import, or not always installed
     "models": {"torch", "transformers", "accelerate", "gguf", "xxhash"},
     "text": {"tokenizers", "jinja2"},
-    "bench": {"rich", "matplotlib", "torch", "vllm"},
+    "bench": {"rich", "matplotlib", "aiohttp", "torch", "vllm"},
     "paths": {"matplotlib"},
     "cli": {"rich", "tetri.bench", "tetri.client", "tetri.proc", "tetri.config", "tetri.models", "tetri.strict"},
     "__init__": {"tetri.client"},

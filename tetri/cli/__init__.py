@@ -19,7 +19,7 @@ from tetri.cli.options import examples
 OK, FAILED, USAGE, UNREACHABLE, INTERRUPTED = 0, 1, 2, 3, 130
 COMMANDS = (
     *("up", "down", "status", "top", "explain", "ready", "doctor", "flip", "end", "submit", "chat", "model", "profile"),
-    *("sim", "size", "predictor", "keygen", "openai-env"),
+    *("bench", "sim", "size", "predictor", "keygen", "openai-env"),
 )
 
 

@@ -20,7 +20,6 @@ from tetri.cli.units import NOTHING, seconds
 from tetri.paths import FILE
 
 if TYPE_CHECKING:
-    from tetri.config import Config
     from tetri.sim.pools import Demand, Goal, Lengths, Served
     from tetri.sim.setup import Setup
     from tetri.sim.sizing import Answer, Checked, Sizing

@@ -13,7 +13,7 @@ from dataclasses import replace
 from tetri import cost as costs
 from tetri.policy.coupled import CoupledLimits
 from tetri.sim import coupled
-from tetri.sim.coupled import CoupledRequest, Replica, fewest_open
+from tetri.sim.coupled import CoupledRequest, fewest_open
 from tetri.sim.pools import WHOLE, least_queued
 from tetri.sim.setup import Setup
 from tetri.sim.sweep.arrangements import Arrangement

@@ -1,0 +1,191 @@
+"""Comparisons over played servers, and over emulated deployments."""
+
+from pathlib import Path
+
+import pytest
+
+from tetri import cost
+from tetri.bench.compare import compare as module
+from tetri.bench.compare.arrangements import Arrangement
+from tetri.bench.compare.awake import Awake
+from tetri.bench.compare.compare import GIVEN, IN_FLIGHT, TRIES, Bench, compare, rate_of
+from tetri.bench.compare.plan import Run, Wanted
+from tetri.bench.compare.store import Capacity, Store
+from tetri.bench.compare.traffic import Workload
+from tetri.bench.report import BenchError
+from tetri.config import load
+from tetri.request import Slo
+
+CONF = Path(__file__).parents[3] / "conf" / "emulated.toml"
+SETTINGS = ("engine.cost=cpu-smollm2.toml",)
+LIMITS = Slo(ttft_s=5.0, tpot_s=1.0)
+
+
+class Watch:
+    """In place of Awake: tells of these standstills in turn."""
+
+    def __init__(self, *found):
+        self.found, self.real_time = [*found], False
+
+    def standstills(self):
+        return self.found.pop(0) if self.found else []
+
+
+def played(name, url):
+    return Arrangement(name, name, urls=(url,))
+
+
+@pytest.fixture
+def bench(tmp_path):
+    """A function that makes a bench of these arrangements; `notes` has its progress."""
+
+    def make(*arrangements, requests=6, awake=None):
+        store = Store(tmp_path / "runs.jsonl", {})
+        store.read()
+        made = Bench(
+            CONF, SETTINGS, load(CONF, SETTINGS), tmp_path, {each.name: each for each in arrangements},
+            {"LPLD": Workload("LPLD", 2048)}, 1000, requests, 0, LIMITS, store, awake or Watch(), make.notes.append,
+        )  # fmt: skip
+        return made
+
+    make.notes = []
+    return make
+
+
+def wanted(bench, rates=("50",), repeats=1):
+    return Wanted([*bench.arrangements.values()], ["LPLD"], rates, [GIVEN], repeats)
+
+
+def test_every_run_is_made_once_and_kept(serve, bench):
+    (one, first), (two, second) = serve(), serve()
+    made = bench(played("a", first), played("b", second))
+    compare(made, wanted(made, repeats=2), "a")
+    assert {str(run) for run in made.store.records} == {
+        f"{name}, LPLD at 50/s, given, repeat {repeat}" for name in "ab" for repeat in (1, 2)
+    }
+    for record in made.store.records.values():
+        assert len(record.served) == 6 and record.rate_s == 50 and record.seconds > 0 and not record.error
+    asked = len(one.bodies)
+    assert asked == len(two.bodies) > 12  # the warm-up too
+    compare(bench(played("a", first), played("b", second)), wanted(made, repeats=2), "a")  # of the file's runs, none
+    assert len(one.bodies) == asked
+
+
+def test_all_arrangements_get_the_same_requests_but_for_the_tokens(serve, bench):
+    (one, first), (two, second) = serve(), serve()
+    made = bench(played("a", first), played("b", second))
+    compare(made, wanted(made), "a")
+    ours, theirs = ([body for body in each.bodies if body["max_tokens"] != 8] for each in (one, two))
+    shapes = [[(len(body["prompt"]), body["max_tokens"]) for body in each] for each in (ours, theirs)]
+    assert shapes[0] == shapes[1] and ours[0]["prompt"] != theirs[0]["prompt"]
+    assert one.headers[-1]["X-SLO-TTFT-Ms"] == "5000.000" and one.headers[-1]["X-SLO-TPOT-Ms"] == "1000.000"
+
+
+def test_a_share_is_of_the_capacity_which_is_measured_once(serve, bench):
+    server, url = serve()
+    server.first_s = 0.1
+    made = bench(played("a", url))
+    compare(made, wanted(made, rates=("10%", "20%")), "a")
+    capacity = made.store.capacities["LPLD"]
+    assert server.most == IN_FLIGHT and 0 < capacity < IN_FLIGHT / 0.1
+    assert rate_of(made, "LPLD", "20%") == pytest.approx(capacity / 5)
+    rates = sorted(record.rate_s for record in made.store.records.values())
+    assert rates == pytest.approx([capacity / 10, capacity / 5])
+
+
+def test_a_run_in_which_the_machine_stood_still_runs_again(serve, bench):
+    _, url = serve()
+    # Of each run first what was before it, then its own.
+    made = bench(played("a", url), awake=Watch([9.0], [0.5, 2.5], [], [0.4], [], []))
+    compare(made, wanted(made), "a")
+    (record,) = made.store.records.values()
+    assert record.standstill_s == 0.0
+    assert [note for note in bench.notes if "stood still" in note] == [
+        f"the machine stood still for {seconds} s: again a, LPLD at 50/s, given, repeat 1" for seconds in (2.5, 0.4)
+    ]
+
+
+def test_after_some_tries_a_disturbed_run_is_kept_as_one(serve, bench):
+    _, url = serve()
+    made = bench(played("a", url), awake=Watch(*[[1.5]] * 2 * TRIES))
+    compare(made, wanted(made), "a")
+    assert [record.standstill_s for record in made.store.records.values()] == [1.5]
+
+
+def test_one_arrangement_that_crashes_is_a_row_and_not_the_end(serve, bench):
+    _, url = serve()
+    made = bench(played("a", "http://127.0.0.1:9"), played("b", url))
+    compare(made, wanted(made, rates=("50", "60")), "b")
+    records = made.store.records
+    for rate in ("50", "60"):
+        crashed = records[Run("a", "LPLD", rate, GIVEN, 1)]
+        assert "http://127.0.0.1:9 does not answer: ClientConnectorError" in crashed.error and crashed.answers == []
+        assert len(records[Run("b", "LPLD", rate, GIVEN, 1)].served) == 6
+    assert len([note for note in bench.notes if note.startswith("a: ")]) == 1
+
+
+def test_what_a_crash_had_answered_before_is_kept(serve, bench, monkeypatch):
+    _, url = serve()
+    made, run = bench(played("a", url)), module._run
+
+    def crash(bench, run_, urls, attempt, done=[]):  # noqa: B006
+        done.append(run_)
+        if len(done) == 2:
+            raise BenchError("the server has ended")
+        return run(bench, run_, urls, attempt)
+
+    monkeypatch.setattr(module, "_run", crash)
+    compare(made, wanted(made, rates=("50", "60", "70")), "a")
+    errors = [made.store.records[Run("a", "LPLD", rate, GIVEN, 1)].error for rate in ("50", "60", "70")]
+    assert errors == ["", "the server has ended", "the server has ended"]
+
+
+def test_requests_that_fail_are_counted(serve, bench):
+    server, url = serve()
+    server.fail = lambda body: "status" if body["max_tokens"] != 8 and len(server.bodies) % 2 else None
+    made = bench(played("a", url))
+    compare(made, wanted(made), "a")
+    (record,) = made.store.records.values()
+    assert len(record.answers) == 6 and len(record.served) == 3
+    assert ", 3 failed: status 503" in bench.notes[-1]
+
+
+def test_no_capacity_is_the_end(serve, bench):
+    server, url = serve()
+    server.fail = lambda body: None if body["max_tokens"] == 8 else "status"
+    made = bench(played("a", url))
+    with pytest.raises(BenchError, match="a has no capacity for LPLD: status 503"):
+        compare(made, wanted(made, rates=("50%",)), "a")
+
+
+def test_the_limits_of_a_regime_come_from_the_cost_table(bench):
+    made, table = bench(), cost.load("cpu-smollm2")
+    made.store.add(Capacity("LPLD", 1.0))
+    prompt = made.workloads["LPLD"].p90_prompt
+    chunk = made.config.engine.chunk_tokens
+    for regime, ttft, tpot in (("balanced", 6, 3), ("tight-ttft", 3, 6), ("tight-tpot", 12, 2)):
+        slo = made.slo("LPLD", regime)
+        assert slo.ttft_s == pytest.approx(ttft * table.prompt_s(prompt, 0, chunk))
+        assert slo.tpot_s == pytest.approx(tpot * table.decode_s(1, prompt))
+    assert made.slo("LPLD", GIVEN) == LIMITS
+
+
+def test_emulated_deployments(tmp_path):
+    """From the start of the processes to the record, with the machine's real threads."""
+    from tetri.bench.compare.arrangements import arrangements
+    from tetri.bench.deployment import own_folder
+
+    with own_folder("bench") as folder, Awake() as awake:
+        settings = (*SETTINGS, "emulated.time_scale=0.2")
+        config = module.tetri_config(Arrangement("", ""), CONF, folder, settings)
+        known = arrangements(config)
+        store = Store(tmp_path / "runs.jsonl", {})
+        store.read()
+        made = Bench(
+            CONF, settings, config, folder, known, {"LPLD": Workload("LPLD", 2048)}, 1000, 5, 0, LIMITS, store, awake,
+            lambda text: None,
+        )  # fmt: skip
+        chosen = [known["tetri-2+2"], known["tetri-auto"]]
+        compare(made, Wanted(chosen, ["LPLD"], ["5"], ["balanced"], 1), "tetri-auto")
+    assert [len(record.served) for record in store.records.values()] == [5, 5]
+    assert all(answer.jct_s > 0.002 * answer.output for record in store.records.values() for answer in record.answers)

@@ -1,0 +1,227 @@
+"""Run a comparison: start the arrangements in turn, ask each the same, keep what came of it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from statistics import fmean
+
+from tetri import cost
+from tetri.bench.compare.arrangements import Arrangement
+from tetri.bench.compare.awake import Awake
+from tetri.bench.compare.load import Answer, Load, Question, capacity, headers_of, question
+from tetri.bench.compare.plan import Run, Wanted, seconds_left, started_together
+from tetri.bench.compare.servers import cpus_of, model_name, serving, shares, tetri_config
+from tetri.bench.compare.store import Capacity, Record, Store, Table
+from tetri.bench.compare.traffic import Workload
+from tetri.bench.deployment import EXPECTED
+from tetri.bench.report import BenchError, Progress
+from tetri.config import Config
+from tetri.cost import Cost
+from tetri.metrics import percentile, summarise
+from tetri.proc import build
+from tetri.request import Slo
+from tetri.sim.sweep.cases import REGIMES
+
+IN_FLIGHT = 64  # requests, while the capacity is measured
+GIVEN = "given"  # the name of limits that were given
+WARM_UP, WARM_PROMPT, WARM_OUTPUT = 8, 256, 8  # requests that each server is asked first, and their tokens
+SEEDS = 1000  # repeats of a seed
+DRAIN_S = 30.0  # from the last request to the last answer, if nothing is known
+TRIES = 3  # of a run in which the machine stood still
+DISTURBED = (*EXPECTED, BenchError, OSError)  # what ends the runs of one start, and not the comparison
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What a comparison works with. `config`: the configuration with its own roles; `settings`: what overrides the file
+    `conf`; `vocabulary`: of the model; `given`: limits that replace the regimes."""
+
+    conf: Path
+    settings: tuple[str, ...]
+    config: Config
+    folder: Path
+    arrangements: Mapping[str, Arrangement]
+    workloads: Mapping[str, Workload]
+    vocabulary: int
+    requests: int
+    seed: int
+    given: Slo
+    store: Store
+    awake: Awake
+    note: Progress
+
+    def configured(self, arrangement: Arrangement) -> Config:
+        """The configuration with the arrangement's roles. Raises ConfigError."""
+        if not arrangement.is_tetri:
+            return self.config
+        return tetri_config(arrangement, self.conf, self.folder, self.settings)
+
+    def cost(self, arrangement: Arrangement | None = None) -> Cost:
+        """The cost table of one of the arrangement's servers, or of an instance of tetri; measured if it is not known.
+        Raises BenchError."""
+        workers = shares(self.config, arrangement.servers)[0] if arrangement and arrangement.servers else [0]
+        cpus = len(cpus_of(self.config, workers))
+        if cpus not in self.store.tables:
+            self.store.add(Table(cpus, self._measured(workers)))
+        return self.store.tables[cpus]
+
+    def _measured(self, workers: Sequence[int]) -> Cost:
+        if self.config.engine.kind == "emulated" or self.config.engine.table:
+            return build.table(self.config) or Cost()
+        cpus = ",".join(map(str, cpus_of(self.config, workers)))
+        self.note(f"measuring the cost table of this machine on CPU {cpus}")
+        with tempfile.TemporaryDirectory() as folder:
+            table = Path(folder) / "table.toml"
+            program = [sys.executable, "-P", "-c", "from tetri.cli import main; main()", "profile", "--quick"]
+            settings = [part for setting in self.settings for part in ("--set", setting)]
+            command = [*program, "--conf", str(self.conf), *settings, "--cpus", cpus, "--out", str(table)]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            if done.returncode:
+                raise BenchError(f"no cost table: {(done.stderr.strip().splitlines() or ['it ended'])[-1]}")
+            return cost.load(table)
+
+    def slo(self, workload: str, regime: str) -> Slo:
+        """The limits of a regime: multiples of what the p90 prompt and a decode step take alone on one instance."""
+        if regime == GIVEN:
+            return self.given
+        table, (ttft, tpot) = self.cost(), REGIMES[regime]
+        prompt = self.workloads[workload].p90_prompt
+        prefill_s = table.prompt_s(prompt, 0, self.config.engine.chunk_tokens)
+        return Slo(ttft_s=ttft * prefill_s, tpot_s=tpot * table.decode_s(1, prompt))
+
+
+def compare(bench: Bench, wanted: Wanted, capacity_of: str) -> None:
+    """Run all that is wanted and not in the store. Raises BenchError, TraceError."""
+    for name in wanted.workloads:
+        bench.workloads[name].draw(bench.requests, 0)  # what a trace cannot give is said at once
+    for arrangement in (each for each in wanted.arrangements if not each.urls):
+        bench.cost(arrangement)  # measures what is not known, before anything else runs
+    with_share = any(rate.endswith("%") for rate in wanted.rates)
+    missing = [name for name in wanted.workloads if name not in bench.store.capacities] if with_share else []
+    if missing:
+        _measure_capacities(bench, bench.arrangements[capacity_of], missing)
+    left = [run for run in wanted.runs() if run not in bench.store.records]
+    groups = started_together(left, bench.arrangements)
+    starts_s: list[float] = []
+    for number, group in enumerate(groups):
+        left_s = seconds_left(groups[number:], lambda run: _expected_s(bench, run), starts_s)
+        bench.note(f"start {number + 1} of {len(groups)}, {ceil(left_s / 60)} min left: {group[0].arrangement}")
+        if (start_s := _run_group(bench, group)) is not None:
+            starts_s.append(start_s)
+
+
+def _expected_s(bench: Bench, run: Run) -> float:
+    """The seconds that a run will take: as many as others with its requests; without any, a guess."""
+    known = [r.seconds for r in bench.store.records.values() if r.seconds and r.run.same_requests(run)]
+    return fmean(known) if known else DRAIN_S + bench.requests / rate_of(bench, run.workload, run.rate)
+
+
+def rate_of(bench: Bench, workload: str, rate: str) -> float:
+    """The requests per second that a rate means."""
+    if rate.endswith("%"):
+        return float(rate.removesuffix("%")) / 100 * bench.store.capacities[workload]
+    return float(rate)
+
+
+def _measure_capacities(bench: Bench, arrangement: Arrangement, workloads: Sequence[str]) -> None:
+    bench.note(f"measuring the capacity of {arrangement.name}, {IN_FLIGHT} requests in flight")
+    with serving(arrangement, bench.configured(arrangement), bench.folder, bench.note) as urls:
+        _warm_up(bench, urls)
+        for name in workloads:
+            drawn = bench.workloads[name].draw(3 * IN_FLIGHT, 0)
+            questions = [_question(bench, each.ids("capacity", bench.vocabulary), each.output) for each in drawn]
+            answers = Load(urls, arrangement.routing).in_flight(questions, IN_FLIGHT)
+            found = capacity(answers, IN_FLIGHT)
+            if not found:
+                raise BenchError(f"{arrangement.name} has no capacity for {name}: {_first_error(answers)}")
+            bench.store.add(Capacity(name, found))
+            bench.note(f"capacity for {name}: {found:.3g} requests/s")
+
+
+def _run_group(bench: Bench, group: Sequence[Run]) -> float | None:
+    """Run what the same processes serve; return the seconds that their start took. An error is the record of all runs
+    that are left, and None if the start failed."""
+    arrangement, begun = bench.arrangements[group[0].arrangement], time.monotonic()
+    left, start_s = [*group], None
+    try:
+        with serving(arrangement, bench.configured(arrangement), bench.folder, bench.note) as urls:
+            _warm_up(bench, urls)
+            start_s = time.monotonic() - begun
+            while left:
+                record = _undisturbed(bench, left[0], urls)
+                bench.store.add(record)
+                bench.note(_line(record))
+                left.pop(0)
+    except DISTURBED as error:
+        bench.note(f"{arrangement.name}: {error}")
+        for run in left:
+            bench.store.add(Record(run, rate_of(bench, run.workload, run.rate), error=str(error)))
+    return start_s
+
+
+def _warm_up(bench: Bench, urls: Sequence[str]) -> None:
+    """Let each server answer some requests before one counts. Raises BenchError."""
+    for number, url in enumerate(urls):
+        ids = [[(i * (j + 2) + number) % 97 + 1 for i in range(WARM_PROMPT + j)] for j in range(WARM_UP)]
+        answers = Load([url], "").in_flight([_question(bench, each, WARM_OUTPUT) for each in ids], WARM_UP)
+        if error := _first_error(answers):
+            raise BenchError(f"{url} does not answer: {error}")
+
+
+def _undisturbed(bench: Bench, run: Run, urls: Sequence[str]) -> Record:
+    """The record of a run. One in which the machine stood still says nothing about what was measured: it runs again."""
+    for attempt in range(1, TRIES + 1):
+        record = _run(bench, run, urls, attempt)
+        if not record.standstill_s or attempt == TRIES:
+            break
+        bench.note(f"the machine stood still for {record.standstill_s:.1f} s: again {run}")
+    return record
+
+
+def _run(bench: Bench, run: Run, urls: Sequence[str], attempt: int) -> Record:
+    arrangement, rate = bench.arrangements[run.arrangement], rate_of(bench, run.workload, run.rate)
+    # A prompt that this server had before may be in its prefix cache: every run has tokens of its own.
+    salt = f"{run} {attempt}"
+    drawn = bench.workloads[run.workload].draw(bench.requests, SEEDS * bench.seed + run.repeat)
+    questions = [_question(bench, each.ids(salt, bench.vocabulary), each.output, each.at / rate) for each in drawn]
+    limits = bench.slo(run.workload, run.regime) if run.regime else Slo()
+    load = Load(urls, arrangement.routing, headers_of(limits))
+    bench.awake.standstills()
+    begun = time.monotonic()
+    answers = load.at_times(questions)
+    seconds = time.monotonic() - begun
+    gaps = load.gaps_s or [0.0]
+    return Record(
+        run, rate, answers, seconds, load.cpu_s / seconds,
+        (percentile(gaps, 0.5), percentile(gaps, 0.99), max(gaps)), max(bench.awake.standstills(), default=0.0),
+    )  # fmt: skip
+
+
+def _question(bench: Bench, ids: list[int], output: int, at_s: float = 0.0) -> Question:
+    return question(at_s, model_name(bench.config), ids, output)
+
+
+def _first_error(answers: Sequence[Answer]) -> str:
+    return next((each.error for each in answers if each.error), "")
+
+
+def _line(record: Record) -> str:
+    """A line of progress."""
+    failed = len(record.answers) - len(record.served)
+    if not record.served:
+        return f"{record.run}: {_first_error(record.answers)}"
+    ttft, jct, tpot = (
+        summarise(values) for values in zip(*((a.ttft_s, a.jct_s, a.tpot_s) for a in record.served), strict=True)
+    )
+    more = f", {failed} failed: {_first_error(record.answers)}" if failed else ""
+    return (
+        f"{record.run}: TTFT {ttft.mean:.2f} s, JCT {jct.mean:.2f} s, p99 of TPOT {1000 * tpot.p99:.0f} ms,"
+        f" client {record.client_cpu:.0%} of a CPU{more}"
+    )
