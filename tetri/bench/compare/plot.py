@@ -37,11 +37,16 @@ def colour(names: Sequence[str], name: str) -> str:
 
 
 def _cdf(axes: Any, title: str, times: Times) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     for name, values in times.items():
         ordered = sorted(values)
         shares = [(place + 1) / len(ordered) for place in range(len(ordered))]
         axes.step(ordered, shares, where="post", label=name, color=colour([*times], name), linewidth=1.2)
     axes.set(xlabel="seconds", ylabel="share of requests", ylim=(0, 1.02), title=title, xscale="log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
 
 
