@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -72,13 +73,14 @@ class World:
         return _endless_timeouts(self.setup.heartbeat_s)
 
     def _broker(self) -> BrokerNode:
-        core = self._broker_core(vocabulary=2)
+        # Nobody asks for timelines, so the broker keeps none, and workers trace nothing.
+        core = self._broker_core(vocabulary=2, timelines_mib=0)
         port = Port(self.wiring, BROKER)
         node = BrokerNode(self.kernel, core, port, lambda who, what: self.clients.receive_reply(who, what))
         self.wiring.processes[BROKER] = node
         return node
 
-    def _broker_core(self, vocabulary: int) -> Broker:
+    def _broker_core(self, vocabulary: int, timelines_mib: int) -> Broker:
         setup, capacity, timeouts = self.setup, self.setup.capacity(), self._timeouts()
         limits = Limits(
             context=capacity.context,
@@ -91,6 +93,7 @@ class World:
             dead_s=timeouts.dead_s,
             patience_s=timeouts.patience_s,
             client_grace_s=timeouts.client_grace_s,
+            timelines_mib=timelines_mib,
             quiet_s=timeouts.quiet_s,
         )
         epoch = self.rng.getrandbits(62)
@@ -120,7 +123,7 @@ class World:
     def _worker(self, iid: str, role: str) -> WorkerNode:
         setup = self.setup
         reach = Reach(paths=["local"], host="", process=0, segment=iid)
-        own = self._identity(iid, role, _fingerprint(setup), reach)
+        own = replace(self._identity(iid, role, _fingerprint(setup), reach), traces=False)
         core = Worker(own, Random(own.incarnation), self.kernel.now)
         port, text_of = Port(self.wiring, iid), self.clients.text_of
         return PlainWorker(self.kernel, core, port, setup.link_bytes_s, setup.seed, text_of)

@@ -32,6 +32,7 @@ class Identity:
     stream_interval   output tokens of a request per message. A step may produce as many, so a message has at most
                       twice as many, less one
     expected          expected output lengths, set while `rules.length` is "trained"
+    traces            whether it traces what happens to its choices, for their timelines
     iid, incarnation, capacity    those of the instance: each event asks for them several times
     """
 
@@ -48,6 +49,7 @@ class Identity:
     view_s: float = 2.0
     stream_interval: int = 1
     expected: Expected | None = None
+    traces: bool = True
     iid: str = field(init=False)
     incarnation: int = field(init=False)
     capacity: Capacity = field(init=False)

@@ -56,7 +56,7 @@ class Worker:
         self.peers = Peers(own)
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.estimator = None if own.expected is None else LengthEstimator(own)
-        self.activity = ActivityLog(now)
+        self.activity = ActivityLog(now, traces=own.traces)
         self.cost = CorrectedCost(own.cost)
         shared = (self.estimator, self.activity, self.cost)
         self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, *shared)
