@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -35,6 +34,7 @@ from tetri.sim.traces import Arrival
 MONITOR = "monitor"
 SETTLE_S = 60.0  # how long after the last answer all resources must be free
 LOOK_S = 0.1
+TIMELINES_MIB = 64  # as live
 
 
 class World:
@@ -73,14 +73,13 @@ class World:
         return _endless_timeouts(self.setup.heartbeat_s)
 
     def _broker(self) -> BrokerNode:
-        # Nobody asks for timelines, so the broker keeps none, and workers trace nothing.
-        core = self._broker_core(vocabulary=2, timelines_mib=0)
+        core = self._broker_core(vocabulary=2)
         port = Port(self.wiring, BROKER)
         node = BrokerNode(self.kernel, core, port, lambda who, what: self.clients.receive_reply(who, what))
         self.wiring.processes[BROKER] = node
         return node
 
-    def _broker_core(self, vocabulary: int, timelines_mib: int) -> Broker:
+    def _broker_core(self, vocabulary: int) -> Broker:
         setup, capacity, timeouts = self.setup, self.setup.capacity(), self._timeouts()
         limits = Limits(
             context=capacity.context,
@@ -93,7 +92,7 @@ class World:
             dead_s=timeouts.dead_s,
             patience_s=timeouts.patience_s,
             client_grace_s=timeouts.client_grace_s,
-            timelines_mib=timelines_mib,
+            timelines_mib=TIMELINES_MIB if setup.timelines else 0,
             quiet_s=timeouts.quiet_s,
         )
         epoch = self.rng.getrandbits(62)
@@ -123,7 +122,7 @@ class World:
     def _worker(self, iid: str, role: str) -> WorkerNode:
         setup = self.setup
         reach = Reach(paths=["local"], host="", process=0, segment=iid)
-        own = replace(self._identity(iid, role, _fingerprint(setup), reach), traces=False)
+        own = self._identity(iid, role, _fingerprint(setup), reach)
         core = Worker(own, Random(own.incarnation), self.kernel.now)
         port, text_of = Port(self.wiring, iid), self.clients.text_of
         return PlainWorker(self.kernel, core, port, setup.link_bytes_s, setup.seed, text_of)
@@ -152,6 +151,7 @@ class World:
             load_s=setup.load_s,
             stream_interval=setup.stream_interval,
             expected=setup.expected if setup.rules.length == "trained" else None,
+            traces=setup.timelines,
         )
 
     # ------------------------------------------------------------ the run

@@ -40,7 +40,6 @@ from tetri.sim.world import MONITOR, World
 from tetri.wire.clients import BrokerReply
 from tetri.wire.codec import decode, encode
 
-TIMELINES_MIB = 64  # as live
 FORGOTTEN_S = 60.0  # how long after its end a request is removed from all tables
 
 
@@ -71,7 +70,7 @@ class FaultyWorld(World):
     ) -> None:
         self.faults, self.log, self.predictor, self.cuts = faults, log, predictor, cuts
         self.admin = Admin(self.send, self._verify_role)
-        super().__init__(setup, requests, progress)
+        super().__init__(replace(setup, timelines=True), requests, progress)
 
     # ------------------------------------------------------------ the parts
 
@@ -92,7 +91,7 @@ class FaultyWorld(World):
         return self.setup.timeouts
 
     def _broker(self) -> FaultyBroker:
-        core, port = self._broker_core(VOCABULARY, TIMELINES_MIB), FaultyPort(self.wiring, BROKER)
+        core, port = self._broker_core(VOCABULARY), FaultyPort(self.wiring, BROKER)
         port.process = node = FaultyBroker(self.chance, core, port, self._deliver)
         self.wiring.processes[BROKER] = node
         return node
