@@ -24,7 +24,7 @@ from tetri.instance import Fingerprint, Instance, Reach
 from tetri.request import ROLES
 from tetri.sim.clients import Clients, Outcome
 from tetri.sim.instance import PlainWorker, WorkerNode
-from tetri.sim.kernel import Kernel
+from tetri.sim.kernel import Kernel, uncollected
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import BrokerNode, MonitorNode
 from tetri.sim.report import SimResult
@@ -159,8 +159,9 @@ class World:
     def run(self) -> SimResult:
         """Run until every request is answered and all resources are free, or until `stop`. Raises SimError if the
         requests are invalid, PromiseBroken if a guarantee is violated."""
-        self._start()
-        self.kernel.run()
+        with uncollected():
+            self._start()
+            self.kernel.run()
         if self.stopped:
             self._check_cores()
         else:
