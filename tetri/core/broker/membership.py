@@ -261,8 +261,9 @@ class Members:
     def viewed(self, view: ClusterView) -> None:
         """Apply a new view: how much of its time prefill gets on each adaptive instance, and which keep to prefill."""
         shares = {each.iid: max(each.load.share, LEAST_SHARE) for each in view.loads if each.role == "auto"}
-        for iid in self._keeping.keys() ^ view.keeps.keys():
-            self.recount(iid)
+        for iid in (*self._keeping, *view.keeps):  # a set would have another order in each process
+            if (iid in self._keeping) != (iid in view.keeps):
+                self.recount(iid)
         self._keeping = view.keeps
         if shares != self._shares:
             self._shares = shares
