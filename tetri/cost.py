@@ -83,8 +83,11 @@ class Cost:
         """Seconds of one prefill chunk."""
         if not spans:
             return 0.0
-        tokens = sum(span.stop - span.start for span in spans)
-        pairs = sum((span.stop - span.start) * span.start for span in spans)
+        tokens = pairs = 0
+        for span in spans:
+            count = span.stop - span.start
+            tokens += count
+            pairs += count * span.start
         return self._prefill_at[tokens] + self.prefill_start_s * pairs
 
     def prompt_s(self, tokens: int, done: int, chunk_tokens: int) -> float:
@@ -120,7 +123,11 @@ class Cost:
     def step_s(self, spans: Sequence[Span], batch: int, context: int) -> float:
         """Seconds of one step that prefills `spans` and decodes `batch` requests. The fixed cost of a step counts
         once: it is the decode step of one request without context, or the chunk if that is less."""
-        chunk, decode = self.chunk_s(spans), self.decode_s(batch, context)
+        return self.mixed_s(self.chunk_s(spans), batch, context)
+
+    def mixed_s(self, chunk: float, batch: int, context: int) -> float:
+        """As `step_s`, for spans that take `chunk` seconds by themselves."""
+        decode = self.decode_s(batch, context)
         return chunk + decode - min(chunk, self.decode_s(1, 0)) if chunk and decode else chunk + decode
 
 
@@ -158,7 +165,7 @@ class CorrectedCost:
     def step_s(self, spans: Sequence[Span], batch: int, context: int) -> float:
         """As Cost.step_s."""
         chunk = self.table.chunk_s(spans)
-        return chunk * self.prefill + (self.table.step_s(spans, batch, context) - chunk) * self.decode
+        return chunk * self.prefill + (self.table.mixed_s(chunk, batch, context) - chunk) * self.decode
 
 
 def _corrected(old: float, found: float | None) -> float:

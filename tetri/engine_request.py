@@ -6,7 +6,7 @@ An engine request is one phase of one request on one engine. tetri/engine/base.p
 from __future__ import annotations
 
 from collections.abc import Container
-from typing import Literal
+from typing import Literal, TypeVar
 
 from tetri.request import LengthDistribution, Record, Sampling, Token, Value, token_ids
 
@@ -99,11 +99,28 @@ class StepDone(Record, frozen=True):
     steps: int = 1
     estimates: tuple[HiddenStateEstimate, ...] = ()
 
-    def part(self, keys: Container[str], *, inside: bool) -> StepDone:
-        """Return the result for the requests in `keys`, or for all others, with all of `allocated` and `held`."""
-        # Mostly some of them are empty, and lists are faster than generators.
-        spans = self.spans and tuple([span for span in self.spans if (span.key in keys) is inside])
-        tokens = self.tokens and tuple([sampled for sampled in self.tokens if (sampled.key in keys) is inside])
-        preempted = self.preempted and tuple([key for key in self.preempted if (key in keys) is inside])
-        estimates = self.estimates and tuple([each for each in self.estimates if (each.key in keys) is inside])
-        return StepDone(spans, tokens, self.allocated, preempted, self.held, self.steps, estimates)
+    def parts(self, keys: Container[str]) -> tuple[StepDone, StepDone]:
+        """Return the result for the requests in `keys`, and that for all others, each with all of `allocated` and
+        `held`."""
+        spans, other_spans = _parted(self.spans, keys)
+        tokens, other_tokens = _parted(self.tokens, keys)
+        estimates, other_estimates = _parted(self.estimates, keys)
+        preempted = others = self.preempted
+        if preempted:
+            preempted = tuple([key for key in self.preempted if key in keys])
+            others = tuple([key for key in self.preempted if key not in keys])
+        return (
+            StepDone(spans, tokens, self.allocated, preempted, self.held, self.steps, estimates),
+            StepDone(other_spans, other_tokens, self.allocated, others, self.held, self.steps, other_estimates),
+        )
+
+
+Keyed = TypeVar("Keyed", Span, Sampled, HiddenStateEstimate)
+
+
+def _parted(all_of: tuple[Keyed, ...], keys: Container[str]) -> tuple[tuple[Keyed, ...], tuple[Keyed, ...]]:
+    """Those with a key in `keys`, and the others. Mostly there are only others."""
+    found = [each for each in all_of if each.key in keys] if all_of else ()
+    if len(found) == len(all_of):
+        return all_of, ()
+    return (tuple(found), tuple([each for each in all_of if each.key not in keys])) if found else ((), all_of)

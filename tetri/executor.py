@@ -106,12 +106,12 @@ class WorkerExecutor:
         network: Network,
         step: Callable[[int, int | None], StepDone | None],
         predict: Callable[[Predict], LengthKnown | None],
-        known: Callable[[], Iterator[LengthKnown]] = lambda: iter(()),
+        known: Callable[[], Iterator[LengthKnown]] | None = None,
     ) -> None:
-        self.core, self.clock = core, clock
+        self.core, self.clock, self.step, self.known = core, clock, step, known
         self.table: dict[type[Any], Callable[[Any], WorkerInput | None]] = {
             Send: lambda do: network.send(do.peer, do.message),
-            Step: lambda do: self._after(step(do.most, do.chunk), known),
+            Step: self._step,
             Export: kv.export,
             Adopt: kv.adopt,
             AddRequest: lambda do: self._try(do.request.key, engine.add, do.request),
@@ -137,10 +137,13 @@ class WorkerExecutor:
             result = table[type(action)](action)
             if result is not None:
                 results.append(result)
-        self._handle(results)
+        if results:
+            self._handle(results)
 
-    def _after(self, done: StepDone | None, known: Callable[[], Iterator[LengthKnown]]) -> StepDone | None:
-        self._handle([*known()])
+    def _step(self, action: Step) -> StepDone | None:
+        done = self.step(action.most, action.chunk)
+        if self.known is not None:
+            self._handle([*self.known()])
         return done
 
     def _handle(self, results: list[Any]) -> None:

@@ -26,6 +26,8 @@ class Fingerprint(Record, frozen=True):
 
 def difference(a: Fingerprint, b: Fingerprint) -> str | None:
     """The first field in which two fingerprints differ, with both values; None if KV can move between them."""
+    if a == b:  # the usual case, fast
+        return None
     for name in Fingerprint.__struct_fields__:
         left, right = getattr(a, name), getattr(b, name)
         if left != right:

@@ -14,7 +14,7 @@ from tetri.sim.world import World
 from tetri.wire.clients import Done
 from tetri.wire.messages import Heartbeat, Tokens
 
-SETUP = replace(ONE, timeouts=Timeouts(), link_bytes_s=1e5)
+SETUP = replace(ONE, timeouts=Timeouts(), link_bytes_s=1e5, timelines=True)
 MANY = [Arrival(0.002 * number, 5 + 4 * number % 27, 1 + number % 12, n=1 + number % 2) for number in range(24)]
 ALONE = [replace(each, n=1) for each in MANY]
 TIGHT = replace(SETUP, slots=30, reserve_share=1.0, kv_tokens=40, max_batch=7)

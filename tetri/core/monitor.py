@@ -194,9 +194,11 @@ class Monitor:
     def _rescue(self, now: float) -> FlipWanted | None:
         """Return a flip to mixed when no instance is left for a role. This ignores `hold_s`, but is repeated only after
         `stale_s`. While a deployment starts there is no rescue, otherwise its first instance would become mixed."""
+        if now < self.rescue_at:
+            return None
         roles = {observed.role for observed in self.instances.values()}
         missing = [role for role, serving in ROLES_OF.items() if roles.isdisjoint(serving)]
-        if now < self.rescue_at or not any(role in self.served or now >= self.started_at for role in missing):
+        if not any(role in self.served or now >= self.started_at for role in missing):
             return None
         recent = {iid: observed for iid, observed in self.instances.items() if now - observed.at <= self.stale_s}
         change = rescue(self._states(now, recent or self.instances))  # a silent instance may be gone

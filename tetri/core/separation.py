@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import median
 
 from tetri.policy.keep import keep
@@ -46,8 +46,8 @@ class Separation:
         self._count(loads, now)
         kept = [iid for iid in self.kept if iid in loads]
         self.kept = dict.fromkeys(kept[: max(len(loads) - 1, 0)])  # others have gone: one at least decodes
-        load = self._load(loads, now)
-        if load is not None and now - self._changed_at >= HOLD_S:
+        load = self._load(loads, now) if now - self._changed_at >= HOLD_S else None
+        if load is not None:
             wanted = keep(load, len(self.kept))
             if wanted != len(self.kept):
                 self._keep(wanted, loads)
@@ -66,7 +66,9 @@ class Separation:
                 totals.ended += max(load.ended - before.ended, 0)
                 totals.ended_tokens += max(load.ended_tokens - before.ended_tokens, 0)
         self._seen = dict(loads)
-        self._window.append(replace(totals))
+        self._window.append(
+            _Totals(now, totals.arrived, totals.arrived_s, totals.decodes, totals.ended, totals.ended_tokens)
+        )
         while now - self._window[0].at > WINDOW_S:
             self._window.popleft()
 
@@ -74,9 +76,11 @@ class Separation:
         first, last = self._window[0], self._totals
         seconds, arrived, ended = now - first.at, last.arrived - first.arrived, last.ended - first.ended
         written, decodes = last.ended_tokens - first.ended_tokens, last.decodes - first.decodes
+        if len(loads) < 2 or seconds < LEAST_S or not (arrived and written and decodes):
+            return None
         decoding = [load for load in loads.values() if load.tpot_s]
         prompting = [load.ttft_s for load in loads.values() if load.ttft_s]
-        if len(loads) < 2 or seconds < LEAST_S or not (arrived and written and decodes and decoding and prompting):
+        if not (decoding and prompting):
             return None
         requests = sum(load.waiting + load.running for load in decoding)
         base_s = median(load.base_s for load in decoding)

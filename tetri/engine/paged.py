@@ -172,7 +172,7 @@ class Paged:
             size = self.capacity.block_tokens
             held = tuple([(key, slot.held_tokens // size) for key, slot in self._resized.items()])
             self._resized = {}
-        return StepDone((*plan.again, *plan.chunk), tuple(tokens), plan.allocated, plan.preempted, held, steps)
+        return StepDone(plan.again + plan.chunk, tuple(tokens), plan.allocated, plan.preempted, held, steps)
 
     def check(self) -> None:
         """Recount blocks and tokens. Raises AssertionError when a counter is wrong."""
@@ -282,11 +282,12 @@ class Paged:
 
     @staticmethod
     def _sampled(key: str, slot: Slot, ids: tuple[int, ...]) -> Sampled:
-        if ids[-1] == NO_TOKEN:
+        token, sampling = ids[-1], slot.request.sampling
+        if token == NO_TOKEN:
             return Sampled(key, ids[:-1], "error", INVALID)
-        reason = "stop" if ends_text(ids[-1], slot.request.sampling) else None
-        if reason is None and slot.known >= slot.end:
-            reason = "length"
+        reason = "length" if slot.known >= slot.end else None
+        if (token == EOS or sampling.stop_token_ids) and ends_text(token, sampling):
+            reason = "stop"
         return Sampled(key, ids, reason)
 
     def _turn(self, slot: Slot) -> None:

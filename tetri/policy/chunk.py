@@ -44,8 +44,10 @@ def limit(step: MixedStep, cost: StepCost, most: int) -> int:
     sizes = {**dict.fromkeys((*SIZES, most), ALIKE), **dict.fromkeys(step.ends, ENDING)}
     costs = list[tuple[int, float]]()
     for size in sorted(sizes):
+        if size > most:
+            break
         seconds = cost.step_s((Span("", step.start, step.start + size),), step.batch, step.context)
-        if size > most or seconds > step.slack_s:
+        if seconds > step.slack_s:
             break
         costs.append((size, (seconds - decode_s) / size))
     alone_s = cost.step_s((Span("", step.start, step.start + most),), 0, 0)

@@ -10,7 +10,7 @@ from math import hypot, inf, sqrt
 
 from tetri.policy.views import ClusterLoad
 
-SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)  # of the prompts that decoding instances prefill
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0)  # of the prompts that decoding instances prefill
 WORST = 4.0  # time between tokens over its limit that is looked at: decodes give way as far if prompts need it
 LATE = 1.28  # of ten requests one meets a load that is so many standard deviations above its mean
 VARIED = 1.5  # 1 + the squared coefficient of variation of the prefill of a prompt
@@ -22,9 +22,10 @@ def keep(load: ClusterLoad, now: int) -> int:
     """How many instances should keep to prefill, when `now` do: none while all limits are kept with ease or where that
     is hardly better, else the number with the least pressure, unless it is hardly better than that of now. A load that
     is too high for any number changes nothing."""
-    pressures = {kept: pressure(load, kept) for kept in _numbers(load.instances, now)}
-    if pressures[0] <= (CALM if now else CALM + GAIN):
+    none = pressure(load, 0)
+    if none <= (CALM if now else CALM + GAIN):
         return 0
+    pressures = {kept: pressure(load, kept) if kept else none for kept in _numbers(load.instances, now)}
     best = min(pressures, key=lambda kept: (pressures[kept], kept))
     if pressures[best] == inf:
         return now
@@ -39,23 +40,27 @@ def pressure(load: ClusterLoad, kept: int) -> float:
     decoding = load.instances - kept
     if load.context > decoding * load.kv_tokens:
         return inf
-    return min(_shared(load, kept, decoding, share) for share in (SHARES if kept else (1.0,)))
+    least = inf
+    for share in SHARES if kept else (1.0,):
+        least = min(_shared(load, kept, decoding, share, least), least)
+    return least
 
 
-def _shared(load: ClusterLoad, kept: int, decoding: int, share: float) -> float:
-    """The pressure if the decoding instances prefill this share of the prompts."""
+def _shared(load: ClusterLoad, kept: int, decoding: int, share: float, least: float) -> float:
+    """The pressure if the decoding instances prefill this share of the prompts; of one that is not below `least`, only
+    that."""
     tokens = load.requests * load.output / decoding  # a second, of each
     own = load.prefill * load.beside * share / decoding  # of its time
     left = 1.0 - own - tokens * load.request_s
     alone = _ttft_s(load, 1.0, load.prefill * (1 - share) / kept, kept) / load.ttft_s if share < 1 else 0.0
-    if left <= 0 or alone == inf:
-        return inf
+    if left <= 0 or alone >= least:
+        return least
     step_s = load.base_s / left  # a decode step, with its part of the chunks
     decodes = tokens * step_s
     prompts = load.requests * share / decoding * load.output * step_s  # that arrive while a request decodes
     varied = own * sqrt(VARIED / prompts) if share else 0.0
     step_s *= 1.0 + LATE / left * hypot(varied, tokens * load.request_s / sqrt(max(decodes, 1.0)))
-    if share == 0:
+    if share == 0 or step_s / load.tpot_s >= least:
         return max(alone, step_s / load.tpot_s)
     decode_s = load.base_s + load.request_s * decodes  # without it
 
@@ -67,6 +72,8 @@ def _shared(load: ClusterLoad, kept: int, decoding: int, share: float) -> float:
     low = max(step_s / load.tpot_s, 1.0)
     if beside(low) <= 1 or low >= WORST:
         return max(alone, step_s / load.tpot_s, beside(low) if low < WORST else 0.0)
+    if low >= least:
+        return low
     high = WORST
     for _ in range(8):  # the least pace at which the prompts are in time
         middle = (low + high) / 2

@@ -224,14 +224,15 @@ class WorkerNode(Node):
         if plan.chunk or plan.batch:
             self.use.add(self._started, self.kernel.now, what)
         done = self._finish(plan, ends[1])
-        self._receive_lengths()
+        if self.inbox:
+            self._receive_lengths()
         self.carry_out(self.core.handle(done, self.now))
         self.turn()
 
     def _receive_lengths(self) -> None:
         """Handle predictions that arrived during the step before its StepDone, as the live worker does."""
         inbox = self.inbox
-        known = [event for event in inbox if isinstance(event, LengthKnown)] if inbox else ()
+        known = [event for event in inbox if isinstance(event, LengthKnown)]
         if known:
             self.inbox = [event for event in inbox if not isinstance(event, LengthKnown)]
             for event in known:
@@ -241,9 +242,13 @@ class WorkerNode(Node):
         batch = len(plan.batch)
         done = self.engine.run(plan, steps)
         use, steps = self.use, done.steps
-        use.steps += 0 if plan.idle else steps
-        use.decode_tokens += batch * steps
-        use.prefill_tokens += sum([span.stop - span.start for span in plan.chunk])
+        if batch:
+            use.steps += steps
+            use.decode_tokens += batch * steps
+        elif plan.chunk:
+            use.steps += steps
+        if plan.chunk:
+            use.prefill_tokens += sum([span.stop - span.start for span in plan.chunk])
         use.preempted += len(done.preempted)
         return done
 

@@ -52,8 +52,10 @@ class Kernel:
 def uncollected() -> Iterator[None]:
     """Switch the garbage collector off for a run. It makes millions of objects and hardly any cycles of them (with
     faults, a dozen objects a request), and the collector would take a tenth of its time."""
+    enabled = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.enable()
+        if enabled:
+            gc.enable()

@@ -94,6 +94,7 @@ class Setup:
     kv_paths: tuple[tuple[str, ...], ...] = (("stream",),)
     limit_s: float = inf
     spans: bool = False  # record the busy intervals of every instance
+    timelines: bool = False  # trace requests as live, for who looks into a simulation; with faults always
 
     def capacity(self) -> Capacity:
         """Return the capacity of each instance. Raises SimError if the KV holds no block."""

@@ -24,7 +24,7 @@ from tetri.instance import Fingerprint, Instance, Reach
 from tetri.request import ROLES
 from tetri.sim.clients import Clients, Outcome
 from tetri.sim.instance import PlainWorker, WorkerNode
-from tetri.sim.kernel import Kernel
+from tetri.sim.kernel import Kernel, uncollected
 from tetri.sim.links import Port, Wiring
 from tetri.sim.nodes import BrokerNode, MonitorNode
 from tetri.sim.report import SimResult
@@ -34,6 +34,7 @@ from tetri.sim.traces import Arrival
 MONITOR = "monitor"
 SETTLE_S = 60.0  # how long after the last answer all resources must be free
 LOOK_S = 0.1
+TIMELINES_MIB = 64  # as live
 
 
 class World:
@@ -91,6 +92,7 @@ class World:
             dead_s=timeouts.dead_s,
             patience_s=timeouts.patience_s,
             client_grace_s=timeouts.client_grace_s,
+            timelines_mib=TIMELINES_MIB if setup.timelines else 0,
             quiet_s=timeouts.quiet_s,
         )
         epoch = self.rng.getrandbits(62)
@@ -149,6 +151,7 @@ class World:
             load_s=setup.load_s,
             stream_interval=setup.stream_interval,
             expected=setup.expected if setup.rules.length == "trained" else None,
+            traces=setup.timelines,
         )
 
     # ------------------------------------------------------------ the run
@@ -156,8 +159,9 @@ class World:
     def run(self) -> SimResult:
         """Run until every request is answered and all resources are free, or until `stop`. Raises SimError if the
         requests are invalid, PromiseBroken if a guarantee is violated."""
-        self._start()
-        self.kernel.run()
+        with uncollected():
+            self._start()
+            self.kernel.run()
         if self.stopped:
             self._check_cores()
         else:

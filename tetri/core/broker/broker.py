@@ -152,9 +152,11 @@ class Broker:
 
     def deadline(self) -> float | None:
         """The time of the next `tick`; None if no timer is set."""
-        own, members, clients = self.timers.next(), self.members.publish_at(), self.delivery.connections.deadline()
-        times = (own, members, clients, self.pair_checks.deadline())
-        return min([at for at in times if at is not None], default=None)
+        earliest, clients = self.timers.next(), self.delivery.connections.deadline()
+        for at in (clients, self.members.publish_at(), self.pair_checks.deadline()):
+            if at is not None and (earliest is None or at < earliest):
+                earliest = at
+        return earliest
 
     def check(self) -> None:
         """Check the invariants of the request table and the role changes. Raises Broken."""

@@ -96,8 +96,8 @@ class Delivery:
 
     def _unknown_id(self, prompt: Sequence[int], sampling: Sampling) -> str | None:
         """Which ids of a request are not in the vocabulary; None if all are."""
-        vocabulary = self.limits.vocabulary
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
+        vocabulary, ids = self.limits.vocabulary, set(prompt)  # mostly many are alike
+        if min(ids) < 0 or max(ids) >= vocabulary:
             return "a prompt token"
         if max(sampling.logit_bias, default=0) >= vocabulary:
             return "an id of logit_bias"

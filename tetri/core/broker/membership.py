@@ -260,12 +260,15 @@ class Members:
 
     def viewed(self, view: ClusterView) -> None:
         """Apply a new view: how much of its time prefill gets on each adaptive instance, and which keep to prefill."""
-        self._shares = {each.iid: max(each.load.share, LEAST_SHARE) for each in view.loads if each.role == "auto"}
-        for iid in self._keeping.keys() ^ view.keeps.keys():
-            self.recount(iid)
+        shares = {each.iid: max(each.load.share, LEAST_SHARE) for each in view.loads if each.role == "auto"}
+        for iid in (*self._keeping, *view.keeps):  # a set would have another order in each process
+            if (iid in self._keeping) != (iid in view.keeps):
+                self.recount(iid)
         self._keeping = view.keeps
-        for pool in self._pools:
-            pool.share = [self._shares.get(iid, 1.0) for iid in pool.iids]
+        if shares != self._shares:
+            self._shares = shares
+            for pool in self._pools:
+                pool.share = [shares.get(iid, 1.0) for iid in pool.iids]
 
     def too_long(self, prompt: int, total: int) -> str | None:
         """Why no live instance can hold a request of `prompt` prompt tokens and `total` tokens; None if one can."""

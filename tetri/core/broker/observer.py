@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from tetri.core.broker.history import History
 from tetri.core.broker.measures import Meters
 from tetri.core.broker.membership import Member
-from tetri.core.broker.requests import MOST_STEPS, Choice, Request
+from tetri.core.broker.requests import MOST_STEPS, Choice, Request, Trace
 from tetri.core.broker.timelines import Timelines
 from tetri.wire.clients import Done, Observation, Status
 from tetri.wire.messages import Heartbeat, Tokens
@@ -117,21 +117,14 @@ class StepTokens:
         self._itl, self._ttft = meters.histograms["itl"], meters.histograms["ttft"]
         self._now, self._iid, self._step, self._offset = now, iid, step, offset
         self._since, self._times = now, 0  # of the last tokens, and how many there were in a row
-        self._packed = None if step is None else self._pack(step, 1)
+        self._packed: bytes | None = None  # of the step, with one token; made when a choice is traced
 
     def wrote(self, choice: Choice, tokens: int) -> None:
         """The choice has got so many new tokens. Those that come together share the time evenly."""
         since, now = choice.last_at, self._now
         choice.last_at = now
         if (trace := choice.trace) is not None:
-            packed = self._packed
-            if packed is None or len(trace.steps) >= MOST_STEPS:  # tokens that were sent again come without their steps
-                trace.left_out += 1 if packed else tokens
-            else:
-                if tokens != 1:
-                    assert self._step is not None
-                    packed = self._pack(self._step, tokens)
-                trace.steps.append(packed)
+            self._trace(trace, tokens)
         if since == self._since and tokens == 1:  # the usual case, fast
             self._times += 1
         elif since is None:
@@ -143,6 +136,18 @@ class StepTokens:
                 self._since, self._times = since, 1
             else:
                 self._itl.add((now - since) / tokens, tokens)
+
+    def _trace(self, trace: Trace, tokens: int) -> None:
+        step = self._step
+        if step is None:  # tokens that were sent again come without their steps
+            trace.left_out += tokens
+        elif len(trace.steps) >= MOST_STEPS:
+            trace.left_out += 1
+        elif tokens != 1:
+            trace.steps.append(self._pack(step, tokens))
+        else:
+            self._packed = self._packed or self._pack(step, 1)
+            trace.steps.append(self._packed)
 
     def close(self) -> None:
         """Count what is not counted yet."""

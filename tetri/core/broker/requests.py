@@ -435,6 +435,9 @@ def _weight(request: Request) -> int:
 
 def _places(choice: Choice) -> tuple[str | None, str | None, bool]:
     """The index entries of a choice: its holder, the instance whose work includes it, whether it waits for a place."""
-    if choice.stage.ended:
+    stage, prefill = choice.stage, choice.prefill
+    if stage.ended:
         return None, None, False
-    return choice.holder, choice.computing, choice.prefill is None
+    # As `Choice.holder` and `Choice.computing`, without a call: every message moves a choice.
+    computing = prefill if stage in BEFORE_TOKENS else None
+    return choice.decode if stage in ON_DECODER else prefill, computing, prefill is None

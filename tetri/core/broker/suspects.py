@@ -60,7 +60,7 @@ def clear(requests: Iterable[Request], iid: str, incarnation: int) -> None:
 
 def lost_with(request: Request) -> list[str]:
     """The instances that the next attempt avoids."""
-    return [*dict.fromkeys(iid for iid, _ in request.deaths)]
+    return [*dict.fromkeys(iid for iid, _ in request.deaths)] if request.deaths else []
 
 
 def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:

@@ -147,12 +147,11 @@ class Batch:
         held, self.held = [key for key in self.held if key in self.running], []
         return [HoldRequest(key, False) for key in held]
 
-    def _shares_steps_again(self) -> None:
+    def _share_steps_again(self, request: DecodeRequest) -> None:
         """Let the lone request share steps with others once it is past the token at which it may have killed, or if it
         was preempted. The broker lacks the tokens that were not sent when its worker died, and perhaps a last message:
         less than two messages, of which the prefill has computed one token."""
-        request = self.lone
-        if request is not None and (len(request.tokens) >= 2 * self.own.stream_interval or request.preempted):
+        if len(request.tokens) >= 2 * self.own.stream_interval or request.preempted:
             request.alone, self.lone, self._changed = False, None, True
 
     def kept_free(self) -> int:
@@ -225,7 +224,8 @@ class Batch:
                     self.activity.computed("recompute", recomputing.offer, span.start, span.stop)
                     recomputing.recomputed += max(min(span.stop, len(recomputing.offer.prompt)) - span.start, 0)
         ended = self._collect(done.tokens, done.steps, items)
-        self._shares_steps_again()
+        if self.lone is not None:
+            self._share_steps_again(self.lone)
         return items, ended
 
     def _collect(self, tokens: Sequence[Sampled], steps: int, items: list[TokenItem]) -> Ended:

@@ -230,6 +230,8 @@ class Migrations:
 
     def of(self, answer: BetweenWorkers) -> Migration | None:
         """Return the migration that an answer is about."""
+        if not self.by_key:
+            return None
         found = (each for each in self.by_key.values() if each.to == answer.src)
         about = (answer.rid, answer.attempt, answer.offer)
         return next((each for each in found if about == (each.offer.rid, each.attempt, each.offer.offer)), None)

@@ -47,7 +47,8 @@ class DecodeScheduler:
 
     def admit(self, most: int) -> list[Action]:
         """Admit landed requests to the batch, up to `most` in all."""
-        return [action for request in self.batch.admit(most) for action in self._admitted(request)]
+        admitted = self.batch.admit(most)
+        return [action for request in admitted for action in self._admitted(request)] if admitted else []
 
     def admit_lone(self) -> list[Action]:
         """Admit the request that the next step computes alone, unless it is in the batch already."""

@@ -45,10 +45,11 @@ class ActivityLog:
 
     now     the time of the event that the worker handles, in seconds of its clock
     step    the last engine step
+    traces  whether it traces anything
     """
 
-    def __init__(self, now: float) -> None:
-        self.now = now
+    def __init__(self, now: float, *, traces: bool = True) -> None:
+        self.now, self.traces = now, traces
         self.step = EngineStep(now, 0.0, 0)
         self.step_s = 0.0
         self.decode_tokens = self.preempted = 0
@@ -107,12 +108,15 @@ class ActivityLog:
 
     def happened(self, kind: str, choice: Choice, peer: str = "", note: str = "") -> None:
         """Trace what happens now."""
-        self.add(kind, choice, self.now, peer, 0, 0, 0, note[:MOST_NOTE])
+        if self.traces:
+            self.add(kind, choice, self.now, peer, 0, 0, 0, note[:MOST_NOTE])
 
     def add(
         self, kind: str, choice: Choice, since: float, peer: str, first: int, last: int, size: int, note: str = ""
     ) -> None:
         """Trace what has lasted from `since` until now."""
+        if not self.traces:
+            return
         events, rid, attempt = self._events, choice.rid, choice.attempt
         if len(events) < MOST_EVENTS:
             seconds = self.now - since

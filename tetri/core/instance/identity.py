@@ -32,7 +32,10 @@ class Identity:
     stream_interval   output tokens of a request per message. A step may produce as many, so a message has at most
                       twice as many, less one
     expected          expected output lengths, set while `rules.length` is "trained"
+    traces            whether it traces what happens to its choices, for their timelines
     iid, incarnation, capacity    those of the instance: each event asks for them several times
+    open_slots        slots that requests without a grant may use. The rest, as many blocks as one chunk may fill, is
+                      reserved for granted requests (core/prefill/kv_send.py)
     """
 
     instance: Instance
@@ -48,13 +51,18 @@ class Identity:
     view_s: float = 2.0
     stream_interval: int = 1
     expected: Expected | None = None
+    traces: bool = True
     iid: str = field(init=False)
     incarnation: int = field(init=False)
     capacity: Capacity = field(init=False)
+    open_slots: int = field(init=False)
 
     def __post_init__(self) -> None:
         for name in ("iid", "incarnation", "capacity"):
             object.__setattr__(self, name, getattr(self.instance, name))
+        block = self.capacity.block_tokens
+        reserve = blocks_for(self.capacity.chunk_tokens + block - 1, block)
+        object.__setattr__(self, "open_slots", max(self.slots - reserve, 0))
 
     def report(self, kind: Callable[..., WorkerEvent], **fields: Any) -> Send:
         """Return the action that sends the broker a message of this kind, with the fields of its sender."""
@@ -73,10 +81,3 @@ class Identity:
     def renew_s(self) -> float:
         """Seconds after which a deferred offer is repeated, so that the decode instance keeps it."""
         return 10 * self.offer_s
-
-    @property
-    def open_slots(self) -> int:
-        """Slots that requests without a grant may use. The rest, as many blocks as one chunk may fill, is reserved for
-        granted requests (core/prefill/kv_send.py)."""
-        block = self.capacity.block_tokens
-        return max(self.slots - blocks_for(self.capacity.chunk_tokens + block - 1, block), 0)

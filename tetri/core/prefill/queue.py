@@ -74,6 +74,12 @@ class Queue:
             yield key
         yield from self.canaries
 
+    def first_unstarted(self) -> str | None:
+        """Return the first key in order of execution whose engine request is not in the engine; None without one."""
+        if len(self.started) == len(self):
+            return None
+        return next((key for key in self.first(1) if key not in self.started), None)
+
     def start(self, request: PrefillRequest) -> None:
         """Move a request to `line` when its engine request starts: no other request overtakes it from then on."""
         if request.key not in self.line:
@@ -161,6 +167,8 @@ def candidates(queue: Queue, requests: Requests, budget: int, free: int, most: i
             return prompts
         prompts.append(_progress(request))
         budget -= request.goal - request.done
+    if len(queue.started) == len(queue):
+        return prompts
     for request in map(requests.__getitem__, queue.first(chunk_tokens)):
         if request.running:
             continue
@@ -178,7 +186,7 @@ def groups(
     """Yield prompts that may share a chunk, each group with the started requests that may overtake in it; the first
     group that fills a chunk is to be used. A request that must be alone has its turn in the order of the prompts. When
     a request waits for slots, granted ones overtake it (`fill`): those that can share a chunk, then lone ones."""
-    if not any(requests[prompt.key].alone for prompt in prompts):
+    if not any([requests[prompt.key].alone for prompt in prompts]):
         yield prompts, started
         return
     shared = {key: request for key, request in started.items() if not request.alone}

@@ -199,7 +199,9 @@ class PrefillRequest:
     def lead(self) -> PrefillChoice:
         """The choice that stands for all in messages that name one: the first that goes on."""
         first = self.choices[0]
-        return first if first.open else next((choice for choice in self.choices if choice.open), first)
+        if first.open or len(self.choices) == 1:
+            return first
+        return next((choice for choice in self.choices if choice.open), first)
 
     def open(self) -> list[PrefillChoice]:
         """Return the choices that go on, their limit apart."""
@@ -260,7 +262,7 @@ class PrefillRequest:
     def filled(self, done: int, block_tokens: int) -> int:
         """Return how many leading blocks are complete, or were exported, once `done` tokens are computed. A request
         that ends with its first token, or decodes here, exports no more blocks: no instance would fetch them."""
-        if not self.decodes or self.flow.stays:
+        if self.flow.stays or not self.decodes:
             return self.flow.exported
         return max(self.flow.blocks if done == self.goal else done // block_tokens, self.flow.exported)
 

@@ -186,7 +186,8 @@ class PrefillScheduler:
         return actions
 
     def _look_for_memory(self, free: int, now: float) -> None:
-        first = next((request for request in self.in_order() if not request.running), None)
+        key = self.queue.first_unstarted()
+        first = None if key is None else self.requests[key]
         if first is None or first.flow.blocks <= free:
             self._lacking = None
         elif self._lacking is None or self._lacking[0] is not first:
@@ -205,11 +206,14 @@ class PrefillScheduler:
                 yield self.requests[key]
 
     def _choose(self, prompts: list[Progress]) -> None:
-        slots, self.expected = self.kv_send.spare(), []
+        self.expected, self.queue.short = [], False
+        if not prompts:
+            return
+        slots = self.kv_send.spare()
         for group, started in groups(prompts, self.requests, self.queue.started):
             if not self.expected:
                 self.expected = fill(self.own, self.budget, group, self.requests, started, slots)
-        self.queue.short = bool(prompts) and not self.expected
+        self.queue.short = not self.expected
 
     def lone(self) -> PrefillRequest | None:
         """Return the request that the planned chunk computes alone because it must be alone, or None."""

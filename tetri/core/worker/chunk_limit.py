@@ -44,11 +44,14 @@ class ChunkLimit:
         the tokens that they are expected to write yet; infinite without limits. The `skipped` requests with the least
         slack do not count, nor those that cannot keep their limits any more. `step_s`: a step without a chunk."""
         more, slacks = EXPECTED * self.batch.forecast.usual_output, list[float]()
+        limit_s, tpot_s, gained_s = None, 0.0, 0.0
         for request in self.batch.running.values():
             if request.offer.tpot_s is not None:
-                tpot_s = AIMED * request.offer.tpot_s
-                ahead_s = request.first_at - now + len(request.tokens) * tpot_s
-                slack_s = ahead_s + more * max(tpot_s - step_s, GAINED * tpot_s)
+                if request.offer.tpot_s != limit_s:  # mostly all have the same
+                    limit_s = request.offer.tpot_s
+                    tpot_s = AIMED * limit_s
+                    gained_s = more * max(tpot_s - step_s, GAINED * tpot_s)
+                slack_s = request.first_at - now + len(request.tokens) * tpot_s + gained_s
                 if slack_s >= step_s:
                     slacks.append(slack_s)
         slacks.sort()

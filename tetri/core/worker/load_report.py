@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable
 from statistics import median_high
-from typing import Any
 
 from tetri.core.actions import BROKER, Publish, Send
 from tetri.core.decode.batch import Batch
@@ -103,50 +102,47 @@ class LoadReporter:
         self.step_times = StepTimes(self.own, decode.batch, cost)
         self._step_s, self._since = 0.0, now  # as of the last load report
         self._unlisted = 0  # heartbeats since the last list
+        # By the cost table, without its corrections:
+        table, capacity = cost.table, self.own.capacity
+        self._kv_tokens, self._base_s = capacity.tokens, table.decode_s(1, 0)
+        self._chunk_s = table.chunk_s((Span("", 0, table.chunk_tokens or capacity.chunk_tokens),))
 
     def load(self) -> Load:
         """The current load. The KV blocks of a blocked prompt count as free: it gives them back for a decode request
         that needs them."""
-        queue, decode, forecast = self.prefill.queue, self.decode, self.decode.forecast
+        prefill, decode, hand_overs, cost = self.prefill, self.decode, self.hand_overs, self.cost
+        queue, batch, forecast = prefill.queue, decode.batch, decode.forecast
+        step_s, tpot_s = forecast.step_s(), _middle(decode.tpot_limits())
         return Load(
             free_blocks=self._free_blocks(),
             queued=len(queue),
             queued_tokens=queue.tokens,
-            queued_s=max(queue.seconds, 0.0) * self.cost.prefill,
+            queued_s=max(queue.seconds, 0.0) * cost.prefill,
             waiting=decode.waiting(),
-            landed=len(decode.batch.landed),
-            running=len(decode.batch.running),
+            landed=len(batch.landed),
+            running=len(batch.running),
             heavy=forecast.heavy,
             growth_blocks=forecast.growth,
-            kept_blocks=self.hand_overs.kept_blocks(),
-            deferred_blocks=self.hand_overs.deferred.blocks,
+            kept_blocks=hand_overs.kept_blocks(),
+            deferred_blocks=hand_overs.deferred.blocks,
             decode_s=forecast.decode_s(),
             busy=self.busy,
-            stalled=self.prefill.dispatcher.stalled(),
-            unread=self.hand_overs.kv_receive.failing,
-            **self._pace(),
+            stalled=prefill.dispatcher.stalled(),
+            unread=hand_overs.kv_receive.failing,
+            kv_tokens=self._kv_tokens,
+            context=forecast.context,
+            step_s=step_s,
+            share=max(1.0 - step_s / tpot_s, 0.0) if tpot_s else 1.0,
+            base_s=self._base_s * cost.decode,
+            chunk_s=self._chunk_s * cost.prefill,
+            arrived=prefill.arrived,
+            arrived_s=prefill.arrived_s,
+            decodes=prefill.decodes,
+            ended=forecast.ended,
+            ended_tokens=forecast.ended_tokens,
+            ttft_s=prefill.ttft_s,
+            tpot_s=tpot_s,
         )
-
-    def _pace(self) -> dict[str, Any]:
-        """Return what the load says of time and limits."""
-        prefill, forecast, own = self.prefill, self.decode.forecast, self.own
-        step_s, tpot_s = forecast.step_s(), _middle(self.decode.tpot_limits())
-        knee = own.cost.chunk_tokens or own.capacity.chunk_tokens
-        return {
-            "kv_tokens": own.capacity.tokens,
-            "context": forecast.context,
-            "step_s": step_s,
-            "share": max(1.0 - step_s / tpot_s, 0.0) if tpot_s else 1.0,
-            "base_s": self.cost.decode_s(1, 0),
-            "chunk_s": self.cost.chunk_s((Span("", 0, knee),)),
-            "arrived": prefill.arrived,
-            "arrived_s": prefill.arrived_s,
-            "decodes": prefill.decodes,
-            "ended": forecast.ended,
-            "ended_tokens": forecast.ended_tokens,
-            "ttft_s": prefill.ttft_s,
-            "tpot_s": tpot_s,
-        }
 
     def decode_load(self) -> Load:
         """What a decode route reads of the load of this instance, for its own prompts. The dispatcher calls this, so it

@@ -56,7 +56,7 @@ class Worker:
         self.peers = Peers(own)
         self.ledger = Ledger(own.capacity.blocks, own.reserve_share)
         self.estimator = None if own.expected is None else LengthEstimator(own)
-        self.activity = ActivityLog(now)
+        self.activity = ActivityLog(now, traces=own.traces)
         self.cost = CorrectedCost(own.cost)
         shared = (self.estimator, self.activity, self.cost)
         self.prefill = PrefillScheduler(self.ledger, self.peers, self.timers, rng, *shared)
@@ -159,8 +159,8 @@ class Worker:
         actions = self._deliver_own(actions, now) if actions else actions
         if self.stepping:
             return actions
-        actions += self.migrations.step(self.prefill.kv_send)
-        return actions if self.idle else [*actions, *self._step(now)]
+        actions += self.migrations.step(self.prefill.kv_send) if self.migrations.by_key else ()
+        return actions if self.idle else actions + self._step(now)
 
     def deadline(self) -> float | None:
         """The time of the next `tick`: -inf for at once, None while a step is running."""
@@ -221,7 +221,7 @@ class Worker:
         budget, most = self.own.capacity.chunk_tokens, self.own.capacity.max_batch
         admitted = self.decode.admit(min(most, budget - 1) if queued else most)
         decodes = len(batch.running) - len(batch.preempted)
-        actions = admitted + self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
+        actions = [*admitted, *(self._grant_deferred(now) if self.hand_overs.deferred.blocks else ())]
         chunk = None
         if queued and batch.lone is None:
             if self.role == "auto" and not batch.stuck():  # else a prompt may hold the memory that the batch needs
@@ -234,12 +234,11 @@ class Worker:
             return self._wait([*actions, *lone_steps.announce(lone)])
         if not prefill.expected:
             if prefill.queue.blocked() is not None:  # known only now, and its memory may suffice for a deferred offer
-                actions += self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
+                actions += self._grant_deferred(now)
             if not self.decode.steps():
-                self.idle = True
-                return actions
+                return self._wait(actions)
             blocked = prefill.queue.blocked()
-            if batch.stuck() and not admitted and blocked is not None and blocked.lacks_memory:
+            if blocked is not None and batch.stuck() and not admitted and blocked.lacks_memory:
                 actions += self._deliver_own(prefill.retreat(blocked, "its memory went to decodes"), now)
         if len(batch.running) - len(batch.preempted) < decodes:  # an own offer replaced an older attempt in the batch
             self._fewer = True
@@ -249,6 +248,9 @@ class Worker:
         assert timer is not None  # the heartbeat's timer is always set
         most = 1 if prefill.expected or chunk is not None else batch.most(timer - now)
         return self._start_step(actions, most, now, chunk)
+
+    def _grant_deferred(self, now: float) -> list[Action]:
+        return self._deliver_own(self.hand_overs.grant_deferred(now, self._free_memory()), now)
 
     def _free_memory(self) -> FreeMemory | None:
         """Return what frees the memory of the blocked prompt for a decode request; None if nothing can be freed now."""
@@ -272,14 +274,14 @@ class Worker:
         choices, batch, prefilled, decoded = self.prefill.choices, self.decode.batch, None, done
         actions, self._queued_own = self._queued_own, []
         if self.prefill.queue.started:  # otherwise everything in `done` belongs to the decode scheduler
-            prefilled, decoded = done.part(choices, inside=True), done.part(choices, inside=False)
+            prefilled, decoded = done.parts(choices)
         self.activity.step_done(seconds, len(decoded.tokens), done.steps)
         if done.spans:
             chunk = _tokens(prefilled.spans) if prefilled is not None else 0
-            self.activity.spans_done(chunk, self.prefill.budget, _tokens(done.spans) - chunk)
+            self.activity.spans_done(chunk, self.prefill.budget, _tokens(decoded.spans) if decoded.spans else 0)
         if prefilled is not None:
             strained = self._fewer or bool(done.preempted) or self.ledger.free < 0
-            strained = strained or any(span.key in batch.preempted for span in done.spans)
+            strained = strained or any([span.key in batch.preempted for span in decoded.spans])
             actions += self.prefill.step_done(prefilled, strained=strained)
         # Also for requests that end in this step: accuracy is judged by their last estimate.
         for estimate in decoded.estimates:
@@ -429,11 +431,9 @@ class Worker:
             actions += self.prefill.give_up(slot_deadlock, "its decode instance let go, and others need its slots")
             self.idle = False
         expired = self.hand_overs.expire(now)
-        if expired:
-            self.idle = False  # others may have waited for them
+        self.idle = self.idle and not expired  # others may have waited for them
         again = [*self.hand_overs.resend_answers(), *self.migrations.repeat(now)]
-        actions += [*expired, *again, self.reporter.heartbeat()]
-        return [*actions, *self.lone_steps.repeat()]
+        return [*actions, *expired, *again, self.reporter.heartbeat(), *self.lone_steps.repeat()]
 
     def _unread(self, now: float) -> list[Action]:
         """Give up the requests that no instance could read for too long, and offer one to each instance whose pause is

@@ -70,7 +70,7 @@ class FaultyWorld(World):
     ) -> None:
         self.faults, self.log, self.predictor, self.cuts = faults, log, predictor, cuts
         self.admin = Admin(self.send, self._verify_role)
-        super().__init__(setup, requests, progress)
+        super().__init__(replace(setup, timelines=True), requests, progress)
 
     # ------------------------------------------------------------ the parts
 
