@@ -82,8 +82,8 @@ WALLS = {
 }
 # What only a few files of a room may import, and of the rooms that may import everything, what not.
 ONLY_IN = {
-    "torch": ("engine/vllm", "predict/", "models", "bench/overhead/direct"),
-    "vllm": ("engine/vllm", "bench/overhead/direct", "bench/vllm_command"),
+    "torch": ("engine/vllm", "predict/", "models", "bench/overhead/direct", "bench/engine_speed/side"),
+    "vllm": ("engine/vllm", "bench/overhead/direct", "bench/engine_speed/side", "bench/vllm_command"),
     "transformers": ("predict/", "models"),
     "accelerate": ("models",),
     "gguf": ("models",),

@@ -1,9 +1,10 @@
 """engine.cost = "auto": the cost table of this machine, measured at the first start and kept in the cache.
 
-A file in `<cache>/cost` belongs to all that step times depend on: the engine and its version, the weights, the
-processor, the number of threads and the sizes of a step. Only one worker measures at a time, after the others on this
-machine have built their engines, and none builds one meanwhile: otherwise they would measure each other. They hold a
-lock file together while they build, and the one that measures holds it alone. The others read what it has measured.
+A file in `<cache>/cost` belongs to all that step times depend on: the engine, its version and its speed in this version
+of tetri, the weights, the processor, the number of threads and the sizes of a step. Only one worker measures at a time,
+after the others on this machine have built their engines, and none builds one meanwhile: otherwise they would measure
+each other. They hold a lock file together while they build, and the one that measures holds it alone. The others read
+what it has measured.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ LONGEST_S = 60.0  # that it may take on a slow or busy machine until all scenes 
 ROUNDS = 5  # most measurements of each point
 WAIT_S = 90.0  # longest wait for other workers; one that hangs must not keep this one from serving
 POLL_S = 0.1
+SPEED = 2  # raised when tetri's engine gets another speed, so that older tables are not read
 
 
 def folder() -> Path:
@@ -53,7 +55,7 @@ def path_of(engine: Engine, config: Config) -> Path:
     """The file of the table of this engine in this process. Raises ModelError."""
     mark, capacity = engine.fingerprint, engine.capacity
     sizes = [capacity.chunk_tokens, capacity.max_batch, capacity.context]
-    key = json.dumps([msgspec.to_builtins(mark), processor(), threads(), *sizes])
+    key = json.dumps([msgspec.to_builtins(mark), processor(), threads(), *sizes, SPEED])
     return folder() / f"{Path(config.model.name).name}-{hashlib.sha256(key.encode()).hexdigest()[:12]}.toml"
 
 

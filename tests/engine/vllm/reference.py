@@ -1,7 +1,7 @@
 """vLLM alone: no connector, no hand-over, one engine from prompt to last token. What tetri's engines must equal.
 
 Driven step by step so that the KV blocks of the prompt can be looked at when the prefill is done. Only the sampler is
-tetri's: the same noise is the point of comparing drawn texts.
+tetri's: the same noise is the point of comparing drawn texts; and in bfloat16 the layers, which round less often there.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from vllm.v1.request import Request
 from vllm.v1.sample import sampler
 
 from tetri.engine.vllm.connector import SamplerPlugin
+from tetri.engine.vllm.quick_layers import quicken
 from tetri.engine.vllm.sampler import REPORT, SAMPLER, RowSampler
 from tetri.request import Sampling, TokenLogprob
 
@@ -63,6 +64,8 @@ class Reference:
         # For the ranks of tokens, which no test reads: vLLM would compile it, and need a C++ compiler for that.
         sampler.batched_count_greater_than = lambda all_values, values: (all_values >= values).sum(-1)
         self.core = EngineCore(config, Executor.get_class(config), log_stats=False)
+        if dtype == "bfloat16":
+            quicken(self.core.model_executor.driver_worker.worker.model_runner.get_model(), config.model_config.dtype)
         self.caches = self.core.model_executor.driver_worker.worker.model_runner.kv_caches
         self.manager = self.core.scheduler.kv_cache_manager
         self.vocab = config.model_config.get_vocab_size()

@@ -63,15 +63,23 @@ class Direct:
 
 
 def engine_arguments(
-    model: str, dtype: str, context: int, chunk_tokens: int, max_batch: int, block_tokens: int, kv_bytes: int
+    model: str,
+    dtype: str,
+    context: int,
+    chunk_tokens: int,
+    max_batch: int,
+    block_tokens: int,
+    kv_bytes: int,
+    compiled: bool = False,
 ) -> dict[str, Any]:
-    """Return the engine arguments of tetri/engine/vllm/setup.py without the connector and the sampler plug-in."""
+    """Return the engine arguments of tetri/engine/vllm/setup.py without the connector and the sampler plug-in;
+    `compiled`: with vLLM's compiler, which is its default."""
     return {
         "model": model,
         "skip_tokenizer_init": True,
         "dtype": dtype,
         "max_model_len": context or None,
-        "enforce_eager": True,
+        "enforce_eager": not compiled,
         "distributed_executor_backend": "uni",
         "enable_prefix_caching": False,
         "enable_chunked_prefill": True,

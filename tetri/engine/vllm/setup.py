@@ -152,15 +152,20 @@ def _check_build(gpu: bool) -> None:
 
 
 def start_core(settings: VllmSettings, config: Any) -> Any:
-    """Create vLLM's EngineCore, which loads the weights and allocates the KV space. Raises EngineError when that
-    fails."""
+    """Create vLLM's EngineCore, which loads the weights and allocates the KV space; on the CPU with quicker layers.
+    Raises EngineError when that fails."""
     from vllm.v1.engine.core import EngineCore
     from vllm.v1.executor import Executor
 
     try:
-        return EngineCore(config, Executor.get_class(config), log_stats=False)
+        core = EngineCore(config, Executor.get_class(config), log_stats=False)
     except (ValueError, RuntimeError) as error:  # no weights, not enough memory
         raise EngineError(f"vLLM cannot start on {settings.model}: {_gist(error)}") from error
+    if not settings.gpu:
+        from tetri.engine.vllm.quick_layers import quicken
+
+        quicken(core.model_executor.driver_worker.worker.model_runner.get_model(), config.model_config.dtype)
+    return core
 
 
 def _gist(error: Exception) -> str:

@@ -1,0 +1,1 @@
+"""tools/bench_engine: engine steps beside what memory and arithmetic allow, and beside vLLM called in a loop."""
