@@ -55,6 +55,7 @@ OPTIONS = (
     click.option("--ttft", type=POSITIVE, help="Limit to the first token, in seconds; with --tpot, not a regime."),
     click.option("--tpot", type=POSITIVE, help="Limit of the mean time between two tokens, in seconds."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws other requests."),
+    click.option("--eager", is_flag=True, help="Start vLLM without its compiler: a minute sooner, and slower."),
     click.option("--no-ticker", is_flag=True, help="Start no real-time threads that keep the machine awake."),
     click.option("--out", type=OUT_FILE, help="Keep each run in this file, and use those that it has."),
     click.option("--plot", type=OUT_PLOT, help="Plot to this PNG."),
@@ -86,12 +87,12 @@ def opened(
     with ExitStack() as stack:
         folder = stack.enter_context(own_folder("bench"))
         config = configured(conf, folder, "bench", settings)
-        known = arrangements(config)
+        known = arrangements(config, eager=options["eager"])
         chosen = choose(known)
         context, vocabulary = _sizes(config)
         out = options["out"] or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.jsonl"
         shared = {"model": model_name(config), "settings": [str(conf), *settings], "requests": options["requests"]}
-        shared |= {name: options[name] for name in ("shrink", "seed", "ttft", "tpot")}
+        shared |= {name: options[name] for name in ("shrink", "seed", "ttft", "tpot", "eager")}
         store = Store(out, shared)
         store.read()
         awake = stack.enter_context(Awake(not options["no_ticker"]))

@@ -42,6 +42,12 @@ def test_what_a_name_means(name, roles, servers, chunk, routing):
     assert (made.roles, made.servers, made.chunk, made.routing) == (roles, servers, chunk, routing)
 
 
+def test_only_vllm_is_eager():
+    made = arrangements(DEFAULT, eager=True)
+    assert {name for name, each in made.items() if each.eager} == {name for name in made if name.startswith("vllm")}
+    assert not any(each.eager for each in arrangements(DEFAULT).values())
+
+
 def test_what_it_takes_part_in():
     made = arrangements(DEFAULT)
     assert [name for name, each in made.items() if each.is_tetri] == ["tetri-1+1", "tetri-mixed", "tetri-auto"]

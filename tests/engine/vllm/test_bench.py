@@ -9,7 +9,7 @@ import pytest
 pytestmark = [pytest.mark.model, pytest.mark.timeout(600)]
 
 REPOSITORY = Path(__file__).parents[3]
-OPTIONS = ("--workload", "session", "--requests", "6", "--rate", "2", "--repeats", "1", "--json")
+OPTIONS = ("--workload", "session", "--requests", "6", "--rate", "2", "--repeats", "1", "--eager", "--json")
 
 
 def test_a_server_of_vllm_and_one_of_tetri_serve_the_same(tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tetri.config import Config
 
@@ -19,6 +19,7 @@ class Arrangement:
     servers  of vLLM, each on an equal part of the CPUs; 0 for tetri
     chunk    tokens of a step of vLLM; 0: its default
     routing  how the client chooses among several servers: round robin, or the fewest outstanding requests
+    eager    vLLM without its compiler: it starts in a third of the time, and its steps take longer
     urls     of servers that run already; nothing is started, or known about them"""
 
     name: str
@@ -27,6 +28,7 @@ class Arrangement:
     servers: int = 0
     chunk: int = 0
     routing: str = LEAST
+    eager: bool = False
     urls: tuple[str, ...] = ()
 
     @property
@@ -50,9 +52,10 @@ class Arrangement:
         return " ".join(self.roles or self.urls) or f"{self.servers} vllm, chunk {self.chunk}"
 
 
-def arrangements(config: Config) -> dict[str, Arrangement]:
-    """All arrangements of this configuration's workers, by name."""
+def arrangements(config: Config, *, eager: bool = False) -> dict[str, Arrangement]:
+    """All arrangements of this configuration's workers, by name. `eager`: vLLM's servers are."""
     made = [*_vllm(len(config.workers), config.engine.chunk_tokens)] if config.engine.kind == "vllm" else []
+    made = [replace(each, eager=eager) for each in made]
     return {each.name: each for each in (*made, *_tetri(len(config.workers)))}
 
 

@@ -81,7 +81,7 @@ def cpus_of(config: Config, workers: Sequence[int]) -> list[int]:
 
 def command_of(arrangement: Arrangement, config: Config, workers: Sequence[int], port: int) -> list[str]:
     """The command line of a vLLM server that stands for these workers: the same model, memory for KV and context as
-    theirs, else vLLM's defaults; eager like them, which starts in a third of the time. Raises ModelError."""
+    theirs, else vLLM's defaults. Raises ModelError."""
     options: dict[str, object] = {
         "--served-model-name": model_name(config),
         "--host": HOST,
@@ -98,7 +98,8 @@ def command_of(arrangement: Arrangement, config: Config, workers: Sequence[int],
     if len(workers) > 1 and config.workers[workers[0]].gpu >= 0:
         options["--tensor-parallel-size"] = len(workers)
     program = [sys.executable, "-P", "-m", "tetri.bench.vllm_command", "serve", str(models.find(config.model.name))]
-    return [*program, "--enforce-eager", *(str(part) for option in options.items() for part in option)]
+    program += ["--enforce-eager"] * arrangement.eager
+    return [*program, *(str(part) for option in options.items() for part in option)]
 
 
 @contextmanager
