@@ -9,7 +9,8 @@ from aiohttp import web
 
 
 class Played:
-    """`steps_s`: seconds before each event of an answer; `tokens`: of an event; `fail`: called with the request's body,
+    """`first_s`, `steps_s`: seconds before the first event of an answer and before each further one, also as functions
+    of the prompt's tokens and of the number of open answers; `fail`: called with the request's body,
     returns what goes wrong: "status", "error", "short", "cut", "garbage" or None. `most`: the most requests at once."""
 
     def __init__(self):
@@ -26,11 +27,16 @@ class Played:
         self.open += 1
         self.most = max(self.most, self.open)
         try:
-            return await self.stream(request, body["max_tokens"], problem)
+            return await self.stream(request, len(body["prompt"]), body["max_tokens"], problem)
         finally:
             self.open -= 1
 
-    async def stream(self, request, tokens, problem):
+    def wait_s(self, number, prompt):
+        if number:
+            return self.steps_s(self.open) if callable(self.steps_s) else self.steps_s
+        return self.first_s(prompt) if callable(self.first_s) else self.first_s
+
+    async def stream(self, request, prompt, tokens, problem):
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
         if problem == "error":
@@ -38,7 +44,7 @@ class Played:
         if problem == "garbage":
             await response.write(b"data: {no json\n\n")
         for number in range(tokens):
-            await asyncio.sleep(self.steps_s if number else self.first_s)
+            await asyncio.sleep(self.wait_s(number, prompt))
             if problem == "cut" and number == 1:
                 request.transport.abort()
                 return response

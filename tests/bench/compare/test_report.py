@@ -9,7 +9,7 @@ import pytest
 from tetri import cost
 from tetri.bench.compare import report
 from tetri.bench.compare.arrangements import Arrangement, arrangements
-from tetri.bench.compare.compare import GIVEN, Bench
+from tetri.bench.compare.compare import GIVEN, INSTANCE, Bench
 from tetri.bench.compare.load import Answer
 from tetri.bench.compare.plan import Run, Wanted
 from tetri.bench.compare.store import Capacity, Record, Store, Table
@@ -37,8 +37,8 @@ def answers(ttft_s, tpot_s, count=20):
 def bench(tmp_path):
     """A bench whose runs are made up; `add` adds one for each repeat."""
     store = Store(tmp_path / "runs.jsonl", {})
-    for cpus in (1, 2):
-        store.add(Table(cpus, cost.load("cpu-smollm2")))
+    for deployment in {INSTANCE, *(each.deployment for each in KNOWN.values() if each.servers)}:
+        store.add(Table(deployment, cost.load("cpu-smollm2")))
     store.add(Capacity("Mixed", 2.0))
     made = Bench(
         CONF, (), CONFIG, tmp_path, KNOWN, {name: Workload(name, 2048) for name in ("Mixed", "LPLD")}, 1000, 20, 0, SLO,

@@ -16,7 +16,7 @@ COST = Cost(prefill=((1.0, 0.01), (512.0, 0.4)), decode=((1.0, 0.02),), kv_token
 def filled(tmp_path):
     store = Store(tmp_path / "runs.jsonl", SETTINGS)
     store.read()
-    for row in (Capacity("Mixed", 2.5), Table(1, COST), RECORD):
+    for row in (Capacity("Mixed", 2.5), Table("tetri", COST), RECORD):
         store.add(row)
     return store
 
@@ -30,7 +30,7 @@ def again(store, settings=SETTINGS):
 def test_what_was_added_is_read_again(filled):
     found = again(filled)
     assert found.capacities == filled.capacities == {"Mixed": 2.5}
-    assert found.tables == filled.tables == {1: COST}
+    assert found.tables == filled.tables == {"tetri": COST}
     assert found.records == filled.records == {RUN: RECORD}
     assert found.records[RUN].served == RECORD.answers[:1]
 

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
+from random import Random
 from statistics import fmean
 
 from tetri import cost
@@ -17,9 +18,10 @@ from tetri.bench.compare.arrangements import Arrangement
 from tetri.bench.compare.awake import Awake
 from tetri.bench.compare.load import Answer, Load, Question, capacity, headers_of, question
 from tetri.bench.compare.plan import Run, Wanted, seconds_left, started_together
-from tetri.bench.compare.servers import cpus_of, model_name, serving, shares, tetri_config
+from tetri.bench.compare.rival_cost import rival_cost
+from tetri.bench.compare.servers import model_name, serving, tetri_config
 from tetri.bench.compare.store import Capacity, Record, Store, Table
-from tetri.bench.compare.traffic import Workload
+from tetri.bench.compare.traffic import FIRST_ID, Workload
 from tetri.bench.deployment import EXPECTED
 from tetri.bench.report import BenchError, Progress
 from tetri.config import Config
@@ -30,6 +32,7 @@ from tetri.request import Slo
 from tetri.sim.sweep.cases import REGIMES
 
 IN_FLIGHT = 64  # requests, while the capacity is measured
+INSTANCE = "tetri"  # whose table it is
 GIVEN = "given"  # the name of limits that were given
 WARM_UP, WARM_PROMPT, WARM_OUTPUT = 8, 256, 8  # requests that each server is asked first, and their tokens
 SEEDS = 1000  # repeats of a seed
@@ -63,35 +66,49 @@ class Bench:
             return self.config
         return tetri_config(arrangement, self.conf, self.folder, self.settings)
 
-    def cost(self, arrangement: Arrangement | None = None) -> Cost:
-        """The cost table of one of the arrangement's servers, or of an instance of tetri; measured if it is not known.
-        Raises BenchError."""
-        workers = shares(self.config, arrangement.servers)[0] if arrangement and arrangement.servers else [0]
-        cpus = len(cpus_of(self.config, workers))
-        if cpus not in self.store.tables:
-            self.store.add(Table(cpus, self._measured(workers)))
-        return self.store.tables[cpus]
+    def cost(self, arrangement: Arrangement) -> Cost | None:
+        """The cost table of one of its instances or servers; None if it is not known."""
+        return self.instance_cost() if arrangement.is_tetri else self.store.tables.get(arrangement.deployment)
 
-    def _measured(self, workers: Sequence[int]) -> Cost:
+    def instance_cost(self) -> Cost:
+        """The cost table of an instance of tetri, measured if it is not known. Raises BenchError."""
+        if INSTANCE not in self.store.tables:
+            self.store.add(Table(INSTANCE, self._measured()))
+        return self.store.tables[INSTANCE]
+
+    def _measured(self) -> Cost:
         if self.config.engine.kind == "emulated" or self.config.engine.table:
             return build.table(self.config) or Cost()
-        cpus = ",".join(map(str, cpus_of(self.config, workers)))
-        self.note(f"measuring the cost table of this machine on CPU {cpus}")
+        self.note("measuring the cost table of an instance")
         with tempfile.TemporaryDirectory() as folder:
             table = Path(folder) / "table.toml"
             program = [sys.executable, "-P", "-c", "from tetri.cli import main; main()", "profile", "--quick"]
             settings = [part for setting in self.settings for part in ("--set", setting)]
-            command = [*program, "--conf", str(self.conf), *settings, "--cpus", cpus, "--out", str(table)]
+            command = [*program, "--conf", str(self.conf), *settings, "--out", str(table)]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise BenchError(f"no cost table: {(done.stderr.strip().splitlines() or ['it ended'])[-1]}")
             return cost.load(table)
 
+    def measure_rival(self, arrangement: Arrangement, url: str) -> None:
+        """Measure the cost table of a server of this arrangement, unless it is known. Raises BenchError."""
+        if arrangement.deployment in self.store.tables:
+            return
+        self.note(f"measuring the cost table of {arrangement.name}")
+        rng, token_bytes = Random(arrangement.deployment), self.instance_cost().kv_token_bytes
+        memory = (len(self.config.workers) // arrangement.servers * self.config.engine.kv_mib << 20) // token_bytes
+
+        def draw(tokens: int) -> list[int]:
+            return rng.choices(range(FIRST_ID, self.vocabulary), k=tokens)
+
+        found = rival_cost(url, model_name(self.config), draw, token_bytes, memory)
+        self.store.add(Table(arrangement.deployment, found))
+
     def slo(self, workload: str, regime: str) -> Slo:
         """The limits of a regime: multiples of what the p90 prompt and a decode step take alone on one instance."""
         if regime == GIVEN:
             return self.given
-        table, (ttft, tpot) = self.cost(), REGIMES[regime]
+        table, (ttft, tpot) = self.instance_cost(), REGIMES[regime]
         prompt = self.workloads[workload].p90_prompt
         prefill_s = table.prompt_s(prompt, 0, self.config.engine.chunk_tokens)
         return Slo(ttft_s=ttft * prefill_s, tpot_s=tpot * table.decode_s(1, prompt))
@@ -101,8 +118,8 @@ def compare(bench: Bench, wanted: Wanted, capacity_of: str) -> None:
     """Run all that is wanted and not in the store. Raises BenchError, TraceError."""
     for name in wanted.workloads:
         bench.workloads[name].draw(bench.requests, 0)  # what a trace cannot give is said at once
-    for arrangement in (each for each in wanted.arrangements if not each.urls):
-        bench.cost(arrangement)  # measures what is not known, before anything else runs
+    if not all(each.urls for each in wanted.arrangements):
+        bench.instance_cost()  # measured before anything else runs
     with_share = any(rate.endswith("%") for rate in wanted.rates)
     missing = [name for name in wanted.workloads if name not in bench.store.capacities] if with_share else []
     if missing:
@@ -154,6 +171,8 @@ def _run_group(bench: Bench, group: Sequence[Run]) -> float | None:
         with serving(arrangement, bench.configured(arrangement), bench.folder, bench.note) as urls:
             _warm_up(bench, urls)
             start_s = time.monotonic() - begun
+            if arrangement.servers:
+                bench.measure_rival(arrangement, urls[0])
             while left:
                 record = _undisturbed(bench, left[0], urls)
                 bench.store.add(record)

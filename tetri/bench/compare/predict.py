@@ -25,7 +25,7 @@ def predicted(
     arrangement: Arrangement, config: Config, cost: Cost, answers: Sequence[Answer], slo: Slo
 ) -> list[Answer]:
     """The answers as the simulator times them, if the requests are sent when they were. `config` has the arrangement's
-    roles; `cost` is the table of an instance, or of the one server on all CPUs. Raises SimError and ValueError."""
+    roles; `cost` is the table of an instance or server. Raises SimError and ValueError."""
     sent = sorted(answers, key=lambda each: each.sent_s)
     arrivals = [Arrival(each.sent_s, each.prompt, each.output) for each in sent]
     times = _tetri(config, cost, arrivals, slo) if arrangement.is_tetri else _vllm(arrangement, config, cost, arrivals)
@@ -43,10 +43,8 @@ def _tetri(config: Config, cost: Cost, arrivals: Sequence[Arrival], slo: Slo) ->
 def _vllm(
     arrangement: Arrangement, config: Config, cost: Cost, arrivals: Sequence[Arrival]
 ) -> list[tuple[float, float]]:
-    workers = len(config.workers) // arrangement.servers
-    memory = (workers * config.engine.kv_mib << 20) // cost.kv_token_bytes
     slots = GPU_SLOTS if config.workers[0].gpu >= 0 else SLOTS
-    limits = CoupledLimits(slots, arrangement.chunk or STEP_TOKENS, memory)
+    limits = CoupledLimits(slots, arrangement.chunk or STEP_TOKENS, cost.kv_tokens)
     route = coupled.round_robin() if arrangement.routing == ROUND_ROBIN else coupled.fewest_open
     served = coupled.run("chunked", limits, cost, arrivals, arrangement.servers, route=route).served
     return [(each.ttft_s, each.jct_s) for each in served]

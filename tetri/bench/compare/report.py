@@ -91,7 +91,7 @@ def _row(bench: Bench, arrangement: Arrangement, records: Sequence[Record], slo:
     if not records:
         return {"error": "; ".join(errors) or "it has not run"}
     answers = [record.answers for record in records]
-    guessed = [] if arrangement.urls else [_guess(bench, arrangement, record, slo) for record in records]
+    guessed = [_guess(bench, arrangement, record, slo) for record in records] if bench.cost(arrangement) else []
     failed = [each.error for repeat in answers for each in repeat if each.error]
     return {
         "measured": _values(answers, slo),
@@ -113,8 +113,8 @@ def _records(records: Mapping[Run, Record], arrangement: Arrangement, cell: Cell
 
 
 def _guess(bench: Bench, arrangement: Arrangement, record: Record, slo: Slo) -> list[Answer]:
-    config = bench.configured(arrangement)
-    return predicted(arrangement, config, bench.cost(arrangement), record.served, slo) if record.served else []
+    config, table = bench.configured(arrangement), bench.cost(arrangement)
+    return predicted(arrangement, config, table, record.served, slo) if table and record.served else []
 
 
 def _values(repeats: Sequence[Sequence[Answer]], slo: Slo) -> dict[str, float | None]:

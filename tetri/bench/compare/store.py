@@ -27,9 +27,9 @@ class Capacity(msgspec.Struct, tag="capacity"):
 
 
 class Table(msgspec.Struct, tag="cost"):
-    """The cost table of a server on so many CPUs."""
+    """The cost table of an instance of tetri, or of a server of another deployment."""
 
-    cpus: int
+    deployment: str
     cost: Cost
 
 
@@ -58,13 +58,13 @@ _decoder = msgspec.json.Decoder(Settings | Capacity | Table | Record)
 
 class Store:
     """The file. Another comparison with the same `settings` may add to it. `capacities`: requests per second by
-    workload; `tables`: cost tables by the number of CPUs of a server."""
+    workload; `tables`: cost tables by deployment."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.records: dict[Run, Record] = {}
         self.capacities: dict[str, float] = {}
-        self.tables: dict[int, Cost] = {}
+        self.tables: dict[str, Cost] = {}
         self._settings = settings
 
     def read(self) -> None:
@@ -94,7 +94,7 @@ class Store:
             case Capacity():
                 self.capacities[row.workload] = row.rate_s
             case Table():
-                self.tables[row.cpus] = row.cost
+                self.tables[row.deployment] = row.cost
             case Record():
                 self.records[row.run] = row
 
