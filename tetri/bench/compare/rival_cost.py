@@ -1,7 +1,7 @@
 """The cost table of a server that is not tetri's, as its client sees it: what prompts and decode steps take there.
 
-With it the simulator predicts what such servers do under load. The times include the server's HTTP and whatever else its
-step waits for.
+With it the simulator predicts what such servers do under load. The times include the server's HTTP and whatever else
+its step waits for.
 """
 
 from __future__ import annotations
