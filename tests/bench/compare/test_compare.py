@@ -1,5 +1,7 @@
 """Comparisons over played servers, and over emulated deployments."""
 
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,12 +10,13 @@ from tetri import cost
 from tetri.bench.compare import compare as module
 from tetri.bench.compare.arrangements import Arrangement
 from tetri.bench.compare.awake import Awake
-from tetri.bench.compare.compare import GIVEN, IN_FLIGHT, TRIES, Bench, compare, rate_of
+from tetri.bench.compare.compare import GIVEN, IN_FLIGHT, INSTANCE, TRIES, Bench, compare, rate_of
 from tetri.bench.compare.plan import Run, Wanted
-from tetri.bench.compare.store import Capacity, Store
+from tetri.bench.compare.store import Capacity, Store, Table
 from tetri.bench.compare.traffic import Workload
 from tetri.bench.report import BenchError
 from tetri.config import load
+from tetri.cost import Cost
 from tetri.request import Slo
 
 CONF = Path(__file__).parents[3] / "conf" / "emulated.toml"
@@ -168,6 +171,56 @@ def test_the_limits_of_a_regime_come_from_the_cost_table(bench):
         assert slo.ttft_s == pytest.approx(ttft * table.prompt_s(prompt, 0, chunk))
         assert slo.tpot_s == pytest.approx(tpot * table.decode_s(1, prompt))
     assert made.slo("LPLD", GIVEN) == LIMITS
+
+
+MEASURE = """
+import sys, time
+from pathlib import Path
+given = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+out = Path(given["--out"])
+out.with_suffix(".begun").touch()
+end = time.monotonic() + 20
+while len([*out.parent.glob("*.begun")]) < 2 and time.monotonic() < end:  # the others measure at the same time
+    time.sleep(0.01)
+if given["--set"] != "engine.max_batch=8" or time.monotonic() >= end:
+    sys.exit("something is wrong\\nand this is the reason")
+cpu = given["--cpus"].removeprefix("+")
+out.write_text(f"prefill = [[1, 0.{cpu}1]]\\ndecode = [[1, 0.02]]\\n")
+"""
+
+
+def test_the_instances_are_measured_at_the_same_time(bench, monkeypatch):
+    monkeypatch.setattr(module, "PROFILE", (sys.executable, "-c", MEASURE))
+    default = CONF.with_name("default.toml")
+    made = replace(bench(), conf=default, settings=("engine.max_batch=8",), config=load(default))
+    assert made.instance_cost().prefill == ((1.0, 0.01),)  # the first one's
+    assert made.store.tables == {INSTANCE: made.instance_cost()}
+    assert bench.notes == ["measuring the cost table of an instance, beside the others"]
+
+
+def test_a_table_that_cannot_be_measured_is_said(bench, monkeypatch):
+    monkeypatch.setattr(module, "PROFILE", (sys.executable, "-c", MEASURE))
+    default = CONF.with_name("default.toml")
+    with pytest.raises(BenchError, match="no cost table: and this is the reason"):
+        replace(bench(), conf=default, settings=("engine.max_batch=9",), config=load(default)).instance_cost()
+
+
+def test_servers_of_vllm_are_measured_once(bench, monkeypatch):
+    asked = []
+
+    def measured(url, model, draw, token_bytes, kv_tokens):
+        asked.append((url, len({*draw(50)}) > 1, kv_tokens))
+        return Cost(decode=((1.0, 0.5),))
+
+    monkeypatch.setattr(module, "rival_cost", measured)
+    default = CONF.with_name("default.toml")
+    made = replace(bench(), config=load(default))
+    made.store.add(Table(INSTANCE, Cost(kv_token_bytes=1 << 20)))
+    rival = Arrangement("vllm-2-rr", "", servers=2)
+    for arrangement in (rival, replace(rival, routing="least")):
+        made.measure_rival(arrangement, ["u", "v"])
+    assert sorted(asked) == [("u", True, 1024), ("v", True, 1024)]
+    assert made.cost(rival) == Cost(decode=((1.0, 0.5),)) and made.cost(replace(rival, chunk=512)) is None
 
 
 def test_emulated_deployments(tmp_path):

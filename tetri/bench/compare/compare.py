@@ -7,11 +7,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from random import Random
 from statistics import fmean
+from subprocess import PIPE
 
 from tetri import cost
 from tetri.bench.compare.arrangements import Arrangement
@@ -24,7 +26,7 @@ from tetri.bench.compare.store import Capacity, Record, Store, Table
 from tetri.bench.compare.traffic import FIRST_ID, Workload
 from tetri.bench.deployment import EXPECTED
 from tetri.bench.report import BenchError, Progress
-from tetri.config import Config
+from tetri.config import Config, WorkerConfig
 from tetri.cost import Cost
 from tetri.metrics import percentile, summarise
 from tetri.proc import build
@@ -33,6 +35,7 @@ from tetri.sim.sweep.cases import REGIMES
 
 IN_FLIGHT = 64  # requests, while the capacity is measured
 INSTANCE = "tetri"  # whose table it is
+PROFILE = (sys.executable, "-P", "-c", "from tetri.cli import main; main()", "profile", "--quick")
 GIVEN = "given"  # the name of limits that were given
 WARM_UP, WARM_PROMPT, WARM_OUTPUT = 8, 256, 8  # requests that each server is asked first, and their tokens
 SEEDS = 1000  # repeats of a seed
@@ -79,30 +82,42 @@ class Bench:
     def _measured(self) -> Cost:
         if self.config.engine.kind == "emulated" or self.config.engine.table:
             return build.table(self.config) or Cost()
-        self.note("measuring the cost table of an instance")
+        # At the same time, as they will serve: instances on one socket share its memory and caches.
+        workers = self.config.workers if self.config.workers[0].gpu < 0 else self.config.workers[:1]
+        self.note("measuring the cost table of an instance, beside the others")
         with tempfile.TemporaryDirectory() as folder:
-            table = Path(folder) / "table.toml"
-            program = [sys.executable, "-P", "-c", "from tetri.cli import main; main()", "profile", "--quick"]
-            settings = [part for setting in self.settings for part in ("--set", setting)]
-            command = [*program, "--conf", str(self.conf), *settings, "--out", str(table)]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                raise BenchError(f"no cost table: {(done.stderr.strip().splitlines() or ['it ended'])[-1]}")
-            return cost.load(table)
+            tables = [Path(folder) / f"{worker.iid}.toml" for worker in workers]
+            commands = map(self._profile, workers, tables)
+            processes = [subprocess.Popen(each, stdout=PIPE, stderr=PIPE, text=True) for each in commands]
+            ended = [(process.communicate()[1], process.returncode) for process in processes]
+            if problem := next((errors for errors, status in ended if status), ""):
+                raise BenchError(f"no cost table: {problem.strip().splitlines()[-1]}")
+            return cost.load(tables[0])
 
-    def measure_rival(self, arrangement: Arrangement, url: str) -> None:
-        """Measure the cost table of a server of this arrangement, unless it is known. Raises BenchError."""
+    def _profile(self, worker: WorkerConfig, table: Path) -> list[str]:
+        settings = [part for setting in self.settings for part in ("--set", setting)]
+        return [*PROFILE, "--conf", str(self.conf), *settings, "--cpus", worker.cpus, "--out", str(table)]
+
+    def measure_rival(self, arrangement: Arrangement, urls: Sequence[str]) -> None:
+        """Measure the cost table of a server of this arrangement, unless it is known; all of them at the same time, as
+        those of instances. Raises BenchError."""
         if arrangement.deployment in self.store.tables:
             return
         self.note(f"measuring the cost table of {arrangement.name}")
-        rng, token_bytes = Random(arrangement.deployment), self.instance_cost().kv_token_bytes
+        token_bytes = self.instance_cost().kv_token_bytes
         memory = (len(self.config.workers) // arrangement.servers * self.config.engine.kv_mib << 20) // token_bytes
 
-        def draw(tokens: int) -> list[int]:
-            return rng.choices(range(FIRST_ID, self.vocabulary), k=tokens)
+        def measured(url: str) -> Cost:
+            rng = Random(f"{arrangement.deployment} {url}")
 
-        found = rival_cost(url, model_name(self.config), draw, token_bytes, memory)
-        self.store.add(Table(arrangement.deployment, found))
+            def draw(tokens: int) -> list[int]:
+                return rng.choices(range(FIRST_ID, self.vocabulary), k=tokens)
+
+            return rival_cost(url, model_name(self.config), draw, token_bytes, memory)
+
+        with ThreadPoolExecutor(len(urls)) as threads:
+            found = [*threads.map(measured, urls)]
+        self.store.add(Table(arrangement.deployment, found[0]))
 
     def slo(self, workload: str, regime: str) -> Slo:
         """The limits of a regime: multiples of what the p90 prompt and a decode step take alone on one instance."""
@@ -172,7 +187,7 @@ def _run_group(bench: Bench, group: Sequence[Run]) -> float | None:
             _warm_up(bench, urls)
             start_s = time.monotonic() - begun
             if arrangement.servers:
-                bench.measure_rival(arrangement, urls[0])
+                bench.measure_rival(arrangement, urls)
             while left:
                 record = _undisturbed(bench, left[0], urls)
                 bench.store.add(record)
