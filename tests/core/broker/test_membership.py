@@ -165,6 +165,15 @@ def test_adaptive_instances_are_grouped_by_their_open_requests():
     made.check(work)
 
 
+def test_instances_are_grouped_in_the_same_order_in_every_process():
+    """The names are hashed differently in each: no order may come from a set of them."""
+    names = [f"a{number}" for number in range(40)]
+    made, work = members(*[(iid, "auto") for iid in names]), Work()
+    pool = made.pool(1, work)
+    made.viewed(autos(1, **{iid: busy() for iid in names}).changed(keeps=dict.fromkeys(names[::-1], "prefill")))
+    assert made.pool(1, work) is pool and [*pool.groups[0]] == [*range(40)][::-1]
+
+
 def test_who_joins_between_two_views_is_counted_and_fixed_roles_need_no_groups():
     made = members(("a0", "auto"))
     made.viewed(autos(1, a0=busy(share=0.5)))
