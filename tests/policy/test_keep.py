@@ -111,5 +111,5 @@ def test_leaving_the_split_for_all_doing_both_needs_less_than_going_there():
 
 def keep_at(pressures, now):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tetri.policy.keep.pressure", lambda load, kept: pressures[kept])
+        patch.setattr("tetri.policy.keep.pressure", lambda load, kept, least=inf: min(pressures[kept], least))
         return keep(CALM_LOAD, now)

@@ -264,7 +264,8 @@ class Paged:
                 tokens.append(Sampled(slot.key, new, None))
                 continue
             if known > slot.held_tokens:
-                self._extend(slot, known - 1)
+                if known - 1 > slot.held_tokens:
+                    self._extend(slot, known - 1)
                 if known > slot.held_tokens:
                     self._short.append(slot)
             sampled = self._sampled(slot.key, slot, new)

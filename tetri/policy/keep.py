@@ -25,30 +25,31 @@ def keep(load: ClusterLoad, now: int) -> int:
     none = pressure(load, 0)
     if none <= (CALM if now else CALM + GAIN):
         return 0
-    pressures = {kept: pressure(load, kept) if kept else none for kept in _numbers(load.instances, now)}
-    best = min(pressures, key=lambda kept: (pressures[kept], kept))
-    if pressures[best] == inf:
-        return now
-    if pressures[best] >= (1 - (GAIN / 2 if now else GAIN)) * pressures[0]:
-        return 0
-    return best if not now or pressures[best] < (1 - GAIN) * pressures[now] else now
+    best, least = 0, (1 - (GAIN / 2 if now else GAIN)) * none
+    for kept in _numbers(load.instances, now):
+        found = pressure(load, kept, least) if kept else none
+        if found < least:
+            best, least = kept, found
+    if not best:
+        return now if none == inf else 0
+    return best if not now or least < (1 - GAIN) * pressure(load, now) else now
 
 
-def pressure(load: ClusterLoad, kept: int) -> float:
+def pressure(load: ClusterLoad, kept: int, least: float = inf) -> float:
     """How near the limits of latency are with so many instances that keep to prefill, if prompts are shared out as well
-    as can be: the largest of predicted time over limit. Above 1 a limit is missed; infinite: the load is too high."""
+    as can be: the largest of predicted time over limit. Above 1 a limit is missed; infinite: the load is too high. One
+    that is not below `least` is told as that."""
     decoding = load.instances - kept
     if load.context > decoding * load.kv_tokens:
         return inf
-    least = inf
     for share in SHARES if kept else (1.0,):
         least = min(_shared(load, kept, decoding, share, least), least)
     return least
 
 
 def _shared(load: ClusterLoad, kept: int, decoding: int, share: float, least: float) -> float:
-    """The pressure if the decoding instances prefill this share of the prompts; of one that is not below `least`, only
-    that."""
+    """The pressure if the decoding instances prefill this share of the prompts. One that is not below `least` is told
+    as that or as any other such number."""
     tokens = load.requests * load.output / decoding  # a second, of each
     own = load.prefill * load.beside * share / decoding  # of its time
     left = 1.0 - own - tokens * load.request_s

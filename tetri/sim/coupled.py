@@ -95,10 +95,10 @@ class Replica:
 
     def advance(self, until: float) -> None:
         """Run every iteration that begins before `until`, in seconds. Raises ValueError if nothing can run."""
-        while self.open and self.now < until:
+        while self.now < until and self.open:
             self._free_memory()
-            plan = self._plan()
-            if plan.spans:
+            plan = self._plan() if self._waiting or self._started is not None else None
+            if plan is not None and plan.spans:
                 self._step(plan)
             else:
                 self._decode(until)
@@ -140,13 +140,23 @@ class Replica:
 
     def _plan(self) -> Iteration:
         slots = self.limits.slots - len(self._decoding) - (self._started is not None)
-        waiting = [Progress(str(i), 0, request.goal) for i, request in enumerate(islice(self._waiting, max(slots, 0)))]
         request = self._started
         started = None if request is None else Progress("started", request.done, request.goal)
         batch = len(self._decoding)
         again = bool(self._waiting and self._waiting[0].preempted)
         free = self._free if again else self._free - self.kept * batch
+        waiting = self._first_waiting(slots, free)
         return COUPLED[self.rule](CoupledView(started, waiting, batch, free), self.limits)
+
+    def _first_waiting(self, most: int, free: int) -> list[Progress]:
+        """The prompts that may start now: those that follow find no space in the iteration, or no memory."""
+        waiting, tokens = list[Progress](), 0
+        for number, request in enumerate(islice(self._waiting, max(most, 0))):
+            waiting.append(Progress(str(number), 0, request.goal))
+            tokens += request.goal
+            if tokens > free or tokens >= self.limits.step_tokens:
+                break
+        return waiting
 
     def _step(self, plan: Iteration) -> None:
         """Run one iteration that has prompts, with or without the decode batch."""
