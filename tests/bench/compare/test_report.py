@@ -51,7 +51,7 @@ def add(bench, name, ttft_s, tpot_s, workload="Mixed", rate="70%", repeats=2, **
     for repeat in range(1, repeats + 1):
         regime = GIVEN if name.startswith(("tetri", "url")) else ""
         run = Run(name, workload, rate, regime, repeat)
-        made = answers(ttft_s, tpot_s) if "error" not in more else []
+        made = [] if "error" in more else answers(ttft_s, tpot_s)
         bench.store.add(Record(run, 1.4, made, 60.0, 0.05, (0.01, 0.2, 0.3), **more))
 
 
@@ -151,6 +151,14 @@ def test_requests_that_failed_are_counted_and_say_why(bench):
     (cell,) = report.findings(bench, Wanted([KNOWN["tetri-auto"]], ["Mixed"], ["70%"], [GIVEN], 1))["cells"]
     row = cell["arrangements"]["tetri-auto"]
     assert (row["failed"], row["error"], row["measured"]["attained"]) == (1, "status 503", 0.95)
+
+
+def test_a_repeat_in_which_the_machine_stood_still_is_said(bench):
+    add(bench, "tetri-auto", 0.5, 0.05, standstill_s=2.25)
+    add(bench, "tetri-mixed", 0.5, 0.05)
+    found = report.findings(bench, wanted(("tetri-auto", "tetri-mixed")))
+    said = [line for line in report.shown(found).splitlines() if "stood still" in line]
+    assert said == ["tetri-auto: in some repeat the machine stood still, for up to 2.2 s"]
 
 
 def test_servers_that_run_already_are_not_predicted(bench):

@@ -268,6 +268,9 @@ def _shown_cell(cell: Found) -> Iterator[str]:
     rows = [_shown_row(name, row) for name, row in cell["arrangements"].items()]
     yield table(head, [row for row in rows if len(row) > 2])
     yield from (f"{name}: {error}" for name, error in (row for row in rows if len(row) == 2))
+    for name, row in cell["arrangements"].items():
+        if row.get("standstill_s"):
+            yield f"{name}: in some repeat the machine stood still, for up to {row['standstill_s']:.1f} s"
     yield from _shown_rivals(cell)
 
 
