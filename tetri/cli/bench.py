@@ -101,8 +101,6 @@ def opened(
             _workloads(options, context), vocabulary, options["requests"], options["seed"],
             Slo(ttft_s=options["ttft"], tpot_s=options["tpot"]), store, awake, terminal.tell,
         )  # fmt: skip
-        if not awake.real_time and not options["no_ticker"]:
-            terminal.tell("no real-time threads (only root may have them): the machine may stand still, which is noted")
         yield bench, chosen
 
 

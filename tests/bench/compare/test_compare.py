@@ -28,10 +28,13 @@ class Watch:
     """In place of Awake: tells of these standstills in turn."""
 
     def __init__(self, *found):
-        self.found, self.real_time = [*found], False
+        self.found = [*found]
 
     def standstills(self):
         return self.found.pop(0) if self.found else []
+
+    def advice(self):
+        return None
 
 
 def played(name, url):

@@ -133,6 +133,8 @@ def compare(bench: Bench, wanted: Wanted, capacity_of: str) -> None:
     """Run all that is wanted and not in the store. Raises BenchError, TraceError."""
     for name in wanted.workloads:
         bench.workloads[name].draw(bench.requests, 0)  # what a trace cannot give is said at once
+    if advice := bench.awake.advice():
+        bench.note(advice)
     if not all(each.urls for each in wanted.arrangements):
         bench.instance_cost()  # measured before anything else runs
     with_share = any(rate.endswith("%") for rate in wanted.rates)

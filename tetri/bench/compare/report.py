@@ -42,7 +42,7 @@ def findings(bench: Bench, wanted: Wanted) -> Found:
         "repeats": wanted.repeats,
         "arrangements": {each.name: each.summary for each in wanted.arrangements},
         "capacity": bench.store.capacities,
-        "real_time_threads": bench.awake.real_time,
+        "advice": bench.awake.advice(),
         "cells": found,
         "goodput": _goodputs(wanted, found),
         "predictions": _accuracy(found),
@@ -253,10 +253,9 @@ def shown(found: Found) -> str:
                 f"predicted {name}: {each['within']} of {each['of']} within {each['limit']:.0%}, median"
                 f" {each['median']:+.1%}, worst {worst['off']:+.0%} ({worst['where']})"
             )
-    threads = "real-time threads kept the machine awake" if found["real_time_threads"] else (
-        "without real-time threads (only root may have them), the machine may have stood still"
-    )  # fmt: skip
-    return "\n".join([*lines, "", *found["verdicts"], threads])
+    if found["advice"]:
+        lines.append(found["advice"])
+    return "\n".join([*lines, "", *found["verdicts"]])
 
 
 def _shown_cell(cell: Found) -> Iterator[str]:
