@@ -28,6 +28,7 @@ from tetri.bench.deployment import EXPECTED, configured, own_folder
 from tetri.bench.engine_speed.limits import model_size
 from tetri.bench.report import BenchError, Program, as_json, conf, give, interval, one_line, overrides, progress, table
 from tetri.config import Config, default_path, dump
+from tetri.kv.shm import sweep
 from tetri.models import find
 from tetri.paths import FOLDER
 
@@ -233,6 +234,7 @@ def main(
     """Measure engine steps. Takes some minutes and needs an idle machine."""
     with one_line("bench_engine", *EXPECTED), own_folder("engine") as folder, ExitStack() as stack:
         config = configure(conf or default_path(), overrides, folder)
+        stack.callback(sweep, config.cluster.name)  # what the killed worker leaves in shared memory
         core = max(os.sched_getaffinity(0)) if cpu is None else cpu
         chunk = config.engine.chunk_tokens
         sides = start(config, core, compiled, against, folder, stack)
