@@ -4,12 +4,17 @@ import importlib.util
 
 import pytest
 
-from tetri.cli.bench import Rate
+from tetri.cli.bench import REGIMES, Rate
+from tetri.sim.sweep import cases
 
 
 def test_both_commands_are_listed(run):
     status, out, _ = run("bench", "--help")
     assert status == 0 and "run" in out and "compare" in out
+
+
+def test_the_regimes_are_those_of_the_sweep():
+    assert {*REGIMES} == {*cases.REGIMES}
 
 
 @pytest.mark.parametrize("text", ["1", "0.25", "70%", "120.5%"])

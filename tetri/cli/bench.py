@@ -56,7 +56,7 @@ OPTIONS = (
     click.option("--tpot", type=POSITIVE, help="Limit of the mean time between two tokens, in seconds."),
     click.option("--seed", type=click.IntRange(0), default=0, show_default=True, help="Draws other requests."),
     click.option("--eager", is_flag=True, help="Start vLLM without its compiler: a minute sooner, and slower."),
-    click.option("--no-ticker", is_flag=True, help="Start no real-time threads that keep the machine awake."),
+    click.option("--no-ticker", is_flag=True, help="Start no real-time processes that keep the machine awake."),
     click.option("--out", type=OUT_FILE, help="Keep each run in this file, and use those that it has."),
     click.option("--plot", type=OUT_PLOT, help="Plot to this PNG."),
 )  # fmt: skip
@@ -82,7 +82,10 @@ def opened(
     from tetri.config import default_path
     from tetri.request import Slo
 
-    conf, settings = options["conf"] or default_path(), tuple(options["overrides"])
+    conf, settings = (
+        options["conf"] or default_path(),
+        tuple(options["overrides"]),
+    )
     _check_importable("aiohttp")
     with ExitStack() as stack:
         folder = stack.enter_context(own_folder("bench"))
@@ -93,6 +96,7 @@ def opened(
         out = options["out"] or Path(stack.enter_context(tempfile.TemporaryDirectory())) / "runs.jsonl"
         shared = {"model": model_name(config), "settings": [str(conf), *settings], "requests": options["requests"]}
         shared |= {name: options[name] for name in ("shrink", "seed", "ttft", "tpot", "eager")}
+        shared["capacity_of"] = options.get("capacity_of") or options.get("name")
         store = Store(out, shared)
         store.read()
         awake = stack.enter_context(Awake(not options["no_ticker"]))

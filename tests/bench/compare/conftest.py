@@ -10,11 +10,13 @@ from aiohttp import web
 
 class Played:
     """`first_s`, `steps_s`: seconds before the first event of an answer and before each further one, also as functions
-    of the prompt's tokens and of the number of open answers; `fail`: called with the request's body,
-    returns what goes wrong: "status", "error", "short", "cut", "garbage" or None. `most`: the most requests at once."""
+    of the prompt's tokens and of the number of open answers; `hold`: whether answers wait; `fail`: called with the
+    request's body, returns what goes wrong: "status", "error", "short", "cut", "garbage" or None. `most`: the most
+    requests at once."""
 
     def __init__(self):
         self.first_s, self.steps_s, self.fail = 0.0, 0.0, lambda body: None
+        self.hold = lambda: False
         self.bodies, self.headers, self.open, self.most = [], [], 0, 0
 
     async def answer(self, request):
@@ -43,6 +45,8 @@ class Played:
             await response.write(b'data: {"error": {"message": "it broke"}}\n\n')
         if problem == "garbage":
             await response.write(b"data: {no json\n\n")
+        while self.hold():
+            await asyncio.sleep(0.005)
         for number in range(tokens):
             await asyncio.sleep(self.wait_s(number, prompt))
             if problem == "cut" and number == 1:

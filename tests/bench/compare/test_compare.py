@@ -10,7 +10,7 @@ from tetri import cost
 from tetri.bench.compare import compare as module
 from tetri.bench.compare.arrangements import Arrangement
 from tetri.bench.compare.awake import Awake
-from tetri.bench.compare.compare import GIVEN, IN_FLIGHT, INSTANCE, TRIES, Bench, compare, rate_of
+from tetri.bench.compare.compare import GIVEN, IN_FLIGHT, INSTANCE, TRIES, WARM_UP, Bench, compare, rate_of
 from tetri.bench.compare.plan import Run, Wanted
 from tetri.bench.compare.store import Capacity, Store, Table
 from tetri.bench.compare.traffic import Workload
@@ -89,11 +89,11 @@ def test_all_arrangements_get_the_same_requests_but_for_the_tokens(serve, bench)
 
 def test_a_share_is_of_the_capacity_which_is_measured_once(serve, bench):
     server, url = serve()
-    server.first_s = 0.1
+    server.hold = lambda: WARM_UP < len(server.bodies) < WARM_UP + IN_FLIGHT
     made = bench(played("a", url))
     compare(made, wanted(made, rates=("10%", "20%")), "a")
     capacity = made.store.capacities["LPLD"]
-    assert server.most == IN_FLIGHT and 0 < capacity < IN_FLIGHT / 0.1
+    assert server.most == IN_FLIGHT and capacity > 0
     assert rate_of(made, "LPLD", "20%") == pytest.approx(capacity / 5)
     rates = sorted(record.rate_s for record in made.store.records.values())
     assert rates == pytest.approx([capacity / 10, capacity / 5])

@@ -1,6 +1,7 @@
 """The report of made-up runs, from the store to the words."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -159,6 +160,16 @@ def test_a_repeat_in_which_the_machine_stood_still_is_said(bench):
     found = report.findings(bench, wanted(("tetri-auto", "tetri-mixed")))
     said = [line for line in report.shown(found).splitlines() if "stood still" in line]
     assert said == ["tetri-auto: in some repeat the machine stood still, for up to 2.2 s"]
+
+
+def test_what_cannot_be_simulated_is_said(bench):
+    """A request that no simulated server holds does not cost the whole report."""
+    bench.store.add(Table(KNOWN["vllm-2-least"].deployment, replace(cost.load("cpu-smollm2"), kv_tokens=100)))
+    add(bench, "vllm-2-least", 0.5, 0.05)
+    found = report.findings(bench, wanted(("vllm-2-least",)))
+    row = found["cells"][0]["arrangements"]["vllm-2-least"]
+    assert row["predicted"]["JCT mean"] is None and "512 + 20 tokens" in row["not_predicted"]
+    assert "vllm-2-least: not simulated: request 1: 512 + 20 tokens" in report.shown(found)
 
 
 def test_servers_that_run_already_are_not_predicted(bench):

@@ -31,6 +31,7 @@ from tetri.cost import Cost
 from tetri.metrics import percentile, summarise
 from tetri.proc import build
 from tetri.request import Slo
+from tetri.sim.setup import UNBOUNDED
 from tetri.sim.sweep.cases import REGIMES
 
 IN_FLIGHT = 64  # requests, while the capacity is measured
@@ -105,7 +106,8 @@ class Bench:
             return
         self.note(f"measuring the cost table of {arrangement.name}")
         token_bytes = self.instance_cost().kv_token_bytes
-        memory = (len(self.config.workers) // arrangement.servers * self.config.engine.kv_mib << 20) // token_bytes
+        memory_bytes = len(self.config.workers) // arrangement.servers * self.config.engine.kv_mib << 20
+        memory = memory_bytes // token_bytes if token_bytes else UNBOUNDED  # a table of the user may not name it
 
         def measured(url: str) -> Cost:
             rng = Random(f"{arrangement.deployment} {url}")

@@ -34,7 +34,7 @@ Found = dict[str, Any]
 
 
 def findings(bench: Bench, wanted: Wanted) -> Found:
-    """Everything that the runs say, and the simulator beside them. Raises SimError."""
+    """Everything that the runs say, and the simulator beside them."""
     cells = [Cell(*each) for each in _product(wanted.workloads, wanted.rates, wanted.regimes)]
     found = [_cell(bench, wanted, cell) for cell in cells]
     return {
@@ -91,11 +91,12 @@ def _row(bench: Bench, arrangement: Arrangement, records: Sequence[Record], slo:
     if not records:
         return {"error": "; ".join(errors) or "it has not run"}
     answers = [record.answers for record in records]
-    guessed = [_guess(bench, arrangement, record, slo) for record in records] if bench.cost(arrangement) else []
+    guessed, why_not = _guessed(bench, arrangement, records, slo)
     failed = [each.error for repeat in answers for each in repeat if each.error]
     return {
         "measured": _values(answers, slo),
         "predicted": _values(guessed, slo),
+        "not_predicted": why_not,
         "repeats": [_values([repeat], slo) for repeat in answers],
         "failed": len(failed),
         "error": "; ".join([*errors, *sorted(set(failed))[:3]]),
@@ -112,9 +113,17 @@ def _records(records: Mapping[Run, Record], arrangement: Arrangement, cell: Cell
     return [records[run] for run in runs if run in records]
 
 
-def _guess(bench: Bench, arrangement: Arrangement, record: Record, slo: Slo) -> list[Answer]:
+def _guessed(
+    bench: Bench, arrangement: Arrangement, records: Sequence[Record], slo: Slo
+) -> tuple[list[list[Answer]], str]:
+    """The answers of each repeat as the simulator times them; else why there are none."""
     config, table = bench.configured(arrangement), bench.cost(arrangement)
-    return predicted(arrangement, config, table, record.served, slo) if table and record.served else []
+    if table is None:
+        return [], ""
+    try:
+        return [predicted(arrangement, config, table, each.served, slo) for each in records if each.served], ""
+    except ValueError as error:  # SimError, or what no simulated server can hold
+        return [], str(error)
 
 
 def _values(repeats: Sequence[Sequence[Answer]], slo: Slo) -> dict[str, float | None]:
@@ -268,6 +277,8 @@ def _shown_cell(cell: Found) -> Iterator[str]:
     yield table(head, [row for row in rows if len(row) > 2])
     yield from (f"{name}: {error}" for name, error in (row for row in rows if len(row) == 2))
     for name, row in cell["arrangements"].items():
+        if row.get("not_predicted"):
+            yield f"{name}: not simulated: {row['not_predicted']}"
         if row.get("standstill_s"):
             yield f"{name}: in some repeat the machine stood still, for up to {row['standstill_s']:.1f} s"
     yield from _shown_rivals(cell)
