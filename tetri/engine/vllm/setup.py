@@ -162,11 +162,9 @@ def start_core(settings: VllmSettings, config: Any) -> Any:
     except (ValueError, RuntimeError) as error:  # no weights, not enough memory
         raise EngineError(f"vLLM cannot start on {settings.model}: {_gist(error)}") from error
     if not settings.gpu:
-        from tetri.engine.vllm.huge_pages import collapse
         from tetri.engine.vllm.quick_layers import quicken
 
         quicken(core.model_executor.driver_worker.worker.model_runner.get_model(), config.model_config.dtype)
-        collapse()
     return core
 
 
