@@ -322,6 +322,20 @@ def test_an_interrupted_up_stops_what_it_started(deployment, monkeypatch, number
     nothing_left(config.run_dir, config.cluster.name)
 
 
+def test_a_signal_after_all_is_ready_is_not_lost(deployment):
+    config, ready = deployment(), []
+
+    def say(text):
+        if text.endswith("is ready"):
+            ready.append(text)
+            if len(ready) == 3:  # p0, d0 and the monitor: nothing is waited for any more
+                signal.raise_signal(signal.SIGTERM)
+
+    interrupt(config, say)
+    assert len(ready) == 3
+    nothing_left(config.run_dir, config.cluster.name)
+
+
 def interrupt(config, say):
     with pytest.raises(KeyboardInterrupt):
         launch.up(config, say, 30)

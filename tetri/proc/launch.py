@@ -48,7 +48,9 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
     deployment is not ready after `wait_s` seconds, or on a signal. Raises LaunchError, ModelError and
     KeyboardInterrupt."""
     with noted_signals() as check:
-        return start(config, report, wait_s, check)
+        run_dir = start(config, report, wait_s, check)
+    check()  # a signal after the last look must not be lost
+    return run_dir
 
 
 def start(
@@ -81,6 +83,7 @@ def start(
             report(f"started the broker, the monitor and {len(config.workers)} workers")
             _wait_ready(config, supervisor, report, time.monotonic() + wait_s, check)
             _write_state(config, supervisor)
+            check()
         except BaseException:  # also a signal: half a deployment is useless
             try:
                 report("stopping")
