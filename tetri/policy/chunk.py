@@ -13,6 +13,7 @@ from tetri.policy.views import MixedStep, Progress
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 ALIKE = 1.1  # costs of a token up to this ratio count as equal: less is within the error of a cost table
 FLOOR = 0.5  # of what a token costs in a whole chunk alone: less counts as this, as where a small chunk adds nothing
+WAIT = 2.0  # divided by the number of decodes: how much a prompt's wait counts, that of a decode being 1
 ENDING = 1.25  # as ALIKE, for a chunk that ends a prompt: its last tokens would take another step
 
 
@@ -35,12 +36,14 @@ def pack(prompts: Sequence[Progress], chunk_tokens: int) -> list[Span]:
 
 def limit(step: MixedStep, cost: StepCost, most: int) -> int:
     """The size of the next chunk beside running decodes, up to `most` tokens; 0: none. Of the sizes with which the
-    decodes keep their limits of TPOT, the one whose tokens cost least: the decodes need a step without it too, so they
-    pay for what it takes longer. When prompts press, the whole step counts, so that they are computed soonest. Of
-    sizes that are about as good, the largest; one that ends a prompt may cost more."""
+    decodes keep their limits of TPOT, the one whose tokens cost least. Each decode needs a step without it too, so it
+    pays for what it takes longer; the prompt waits for all of it. That wait counts the less, the more decodes there
+    are, for then work holds up whoever comes next; but when prompts press, only it counts. Of sizes that are about as
+    good, the largest; one that ends a prompt may cost more."""
     if most <= 0:  # decodes take all tokens of the step
         return 0
-    decode_s = 0.0 if step.pressed else cost.step_s((), step.batch, step.context)
+    share = 0.0 if step.pressed else step.batch**2 / (step.batch**2 + WAIT)
+    decode_s = share * cost.step_s((), step.batch, step.context)
     sizes = {**dict.fromkeys((*SIZES, most), ALIKE), **dict.fromkeys(step.ends, ENDING)}
     costs = list[tuple[int, float]]()
     for size in sorted(sizes):

@@ -99,14 +99,14 @@ def test_for_each_prompt_that_presses_a_decode_may_miss_its_limit(ttft_s, tokens
 
 @pytest.mark.parametrize("ttft_s, tokens", [(None, 32), (32.0, 32), (-9.0, 63)])
 def test_beside_decodes_the_chunk_that_adds_least_a_token_unless_a_prompt_presses(ttft_s, tokens):
-    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.0)), decode=((1.0, 0.5),))
+    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.4)), decode=((1.0, 0.5),))
     assert asked(beside(None, cost=dearer_beyond_32), ttft_s=ttft_s) == Step(1, tokens)
 
 
 @pytest.mark.parametrize("waits, tokens", [(20.0, 32), (30.0, 63)])
 def test_a_prompt_presses_too_when_it_has_waited_for_three_times_its_own_work(waits, tokens):
     """It is 9 s of work, and half of its limit is 500 s."""
-    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.0)), decode=((1.0, 0.5),))
+    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.4)), decode=((1.0, 0.5),))
     told = beside(None, cost=dearer_beyond_32)
     assert asked(told, ttft_s=1000.0) == Step(1, 32)
     told.now += waits
@@ -164,7 +164,7 @@ def test_what_is_not_in_the_batch_takes_no_time_from_its_steps(monkeypatch):
 
 @pytest.mark.parametrize("blocks, tokens", [(200, 63), (40, 32)])
 def test_a_prompt_without_memory_presses_nobody(blocks, tokens):
-    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.0)), decode=((1.0, 0.5),))
+    dearer_beyond_32 = Cost(prefill=((0.0, 0.5), (32.0, 2.5), (64.0, 5.4)), decode=((1.0, 0.5),))
     told = beside(None, cost=dearer_beyond_32, capacity=LARGE.changed(blocks=blocks, context=160))
     assert asked(told, prompt=156, ttft_s=-9.0) == Step(1, tokens)
 
