@@ -1,6 +1,7 @@
 """Comparisons over played servers, and over emulated deployments."""
 
 import sys
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,13 @@ from tetri.bench.compare.arrangements import Arrangement
 from tetri.bench.compare.awake import Awake
 from tetri.bench.compare.compare import GIVEN, IN_FLIGHT, INSTANCE, TRIES, WARM_UP, Bench, compare, rate_of
 from tetri.bench.compare.plan import Run, Wanted
+from tetri.bench.compare.served_cost import PROMPTS, Seen
 from tetri.bench.compare.store import Capacity, Store, Table
 from tetri.bench.compare.traffic import Workload
 from tetri.bench.report import BenchError
 from tetri.config import load
 from tetri.cost import Cost
+from tetri.engine_request import Span
 from tetri.request import Slo
 
 CONF = Path(__file__).parents[3] / "conf" / "emulated.toml"
@@ -197,7 +200,7 @@ def test_the_instances_are_measured_at_the_same_time(bench, monkeypatch):
     default = CONF.with_name("default.toml")
     made = replace(bench(), conf=default, settings=("engine.max_batch=8",), config=load(default))
     assert made.instance_cost().prefill == ((1.0, 0.01),)  # the first one's
-    assert made.store.tables == {INSTANCE: made.instance_cost()}
+    assert made.store.tables == {INSTANCE: [Table(INSTANCE, made.instance_cost())]}
     assert bench.notes == ["measuring the cost table of an instance, beside the others"]
 
 
@@ -208,22 +211,92 @@ def test_a_table_that_cannot_be_measured_is_said(bench, monkeypatch):
         replace(bench(), conf=default, settings=("engine.max_batch=9",), config=load(default)).instance_cost()
 
 
-def test_servers_of_vllm_are_measured_once(bench, monkeypatch):
+OWN = Cost(((1, 0.008), (512, 0.416)), ((1, 0.01), (8, 0.02)), kv_token_bytes=1 << 20)
+STEPS = {1: 0.02, 4: 0.026, 16: 0.05, 32: 0.08}
+
+
+@pytest.fixture
+def measuring(bench, monkeypatch):
+    """A bench whose servers take longer each time. `asked`: of which servers, and how many instances."""
+
+    def seen(urls, instances, model, draw):
+        asked.append((urls, instances, len({*draw(50)}) > 1))
+        slower = len(asked)
+        prompts = {tokens: slower * OWN.chunk_s([Span("", 0, tokens)]) for tokens in PROMPTS}
+        return Seen(prompts, {batch: slower * seconds for batch, seconds in STEPS.items()}, 1.0)
+
     asked = []
-
-    def measured(url, model, draw, token_bytes, kv_tokens):
-        asked.append((url, len({*draw(50)}) > 1, kv_tokens))
-        return Cost(decode=((1.0, 0.5),))
-
-    monkeypatch.setattr(module, "rival_cost", measured)
+    monkeypatch.setattr(module, "seen", seen)
     default = CONF.with_name("default.toml")
-    made = replace(bench(), config=load(default))
-    made.store.add(Table(INSTANCE, Cost(kv_token_bytes=1 << 20)))
+    made = replace(bench(), conf=default, settings=(), config=load(default))
+    made.store.add(Table(INSTANCE, OWN))
+    return made, asked
+
+
+def test_each_start_of_vllm_is_measured_and_the_mean_counts(measuring):
+    made, asked = measuring
     rival = Arrangement("vllm-2-rr", "", servers=2)
+    assert made.table(rival) is None
     for arrangement in (rival, replace(rival, routing="least")):
-        made.measure_rival(arrangement, ["u", "v"])
-    assert sorted(asked) == [("u", True, 1024), ("v", True, 1024)]
-    assert made.cost(rival) == Cost(decode=((1.0, 0.5),)) and made.cost(replace(rival, chunk=512)) is None
+        made.measure(arrangement, ["u", "v"])
+    assert asked == [(["u", "v"], 2, True)] * 2
+    found = made.table(rival)
+    assert found.cost.decode_s(1, 0) == pytest.approx(0.03) and (found.cost.kv_tokens, found.delay_s) == (1024, 0.0)
+    assert made.table(replace(rival, chunk=512)) is None
+
+
+def test_one_server_has_the_memory_of_all(measuring):
+    made, asked = measuring
+    one = Arrangement("vllm", "", servers=1)
+    made.measure(one, ["u"])
+    assert asked == [(["u"], 1, True)] and made.table(one).cost.kv_tokens == 2048
+
+
+def test_the_instances_of_tetri_are_alike_in_all_roles(measuring):
+    made, asked = measuring
+    made.measure(Arrangement("tetri-mixed", "", ("mixed", "mixed")), ["u"])
+    assert asked == [(["u"], 2, True)]
+    found = made.table(Arrangement("tetri-auto", "", ("auto", "auto")))
+    assert found.cost.decode_s(1, 0) == 0.02 and found.cost.prompt_s(512, 0, 512) == pytest.approx(0.416)
+
+
+@pytest.mark.parametrize(
+    "names, measured",
+    [
+        (["tetri-auto"], ["tetri-mixed"]),
+        (["tetri-auto", "tetri-mixed"], []),  # measured when its turn comes
+        (["vllm"], []),
+    ],
+)
+def test_without_a_coupled_arrangement_of_tetri_one_is_started_to_measure_it(measuring, monkeypatch, names, measured):
+    made, asked = measuring
+    known = {
+        "tetri-auto": Arrangement("tetri-auto", "", ("auto",) * 2),
+        "tetri-mixed": Arrangement("tetri-mixed", "", ("mixed",) * 2),
+        "vllm": Arrangement("vllm", "", servers=1),
+    }
+    made = replace(made, arrangements=known)
+    started = []
+
+    @contextmanager
+    def serving(arrangement, config, folder, note):
+        started.append((arrangement.name, [worker.role for worker in config.workers]))
+        yield ["u"]
+
+    monkeypatch.setattr(module, "serving", serving)
+    monkeypatch.setattr(module, "_warm_up", lambda bench, urls: None)
+    monkeypatch.setattr(module, "_run_group", lambda bench, group: None)
+    for _ in range(2):  # the second time the table is known
+        compare(made, Wanted([known[name] for name in names], ["LPLD"], ["5"], [GIVEN], 1), "")
+    assert started == [(name, ["mixed", "mixed"]) for name in measured] and len(asked) == len(measured)
+
+
+def test_a_table_that_is_given_is_not_measured_again(bench, measuring):
+    made, asked = measuring
+    made = replace(made, config=load(CONF, SETTINGS), conf=CONF, settings=SETTINGS)
+    mixed = Arrangement("tetri-mixed", "", ("mixed",) * 4)
+    made.measure(mixed, ["u"])
+    assert asked == [] and made.table(mixed) == Table(INSTANCE, OWN)
 
 
 def test_emulated_deployments(tmp_path):

@@ -7,6 +7,7 @@ from tetri.bench.compare.arrangements import arrangements
 from tetri.bench.compare.load import Answer
 from tetri.bench.compare.predict import predicted
 from tetri.bench.compare.servers import tetri_config
+from tetri.bench.compare.store import Table
 from tetri.config import load
 from tetri.request import Slo
 
@@ -19,10 +20,10 @@ def sent(count, every_s, prompt=512, output=20):
     return [Answer(every_s * number, 0.0, 0.0, prompt, output) for number in range(count)]
 
 
-def of(name, answers, tmp_path):
+def of(name, answers, tmp_path, delay_s=0.0):
     arrangement = KNOWN[name]
     config = tetri_config(arrangement, CONF, tmp_path, ()) if arrangement.is_tetri else CONFIG
-    return predicted(arrangement, config, TABLE, answers, SLO)
+    return predicted(arrangement, config, Table(name, TABLE, delay_s), answers, SLO)
 
 
 @pytest.mark.parametrize("name", [*KNOWN])
@@ -31,6 +32,12 @@ def test_a_request_alone_takes_its_prefill_and_its_steps(name, tmp_path):
     assert answer.ttft_s == pytest.approx(TABLE.prompt_s(512, 0, 512), rel=0.05)
     assert answer.tpot_s == pytest.approx(TABLE.decode_s(1, 522), rel=0.15)
     assert (answer.prompt, answer.output, answer.error) == (512, 20, "")
+
+
+@pytest.mark.parametrize("name", ["tetri-auto", "vllm-2-least"])
+def test_what_a_request_takes_besides_its_steps_comes_before_its_first_token(name, tmp_path):
+    (plain,), (late,) = (of(name, sent(1, 0.0), tmp_path, delay_s) for delay_s in (0.0, 0.125))
+    assert late.ttft_s == pytest.approx(plain.ttft_s + 0.125) and late.tpot_s == pytest.approx(plain.tpot_s)
 
 
 def test_the_requests_stay_in_order_of_their_times(tmp_path):

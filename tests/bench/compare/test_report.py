@@ -10,7 +10,7 @@ import pytest
 from tetri import cost
 from tetri.bench.compare import report
 from tetri.bench.compare.arrangements import Arrangement, arrangements
-from tetri.bench.compare.compare import GIVEN, INSTANCE, Bench
+from tetri.bench.compare.compare import GIVEN, SERVED, Bench
 from tetri.bench.compare.load import Answer
 from tetri.bench.compare.plan import Run, Wanted
 from tetri.bench.compare.store import Capacity, Record, Store, Table
@@ -38,7 +38,7 @@ def answers(ttft_s, tpot_s, count=20):
 def bench(tmp_path):
     """A bench whose runs are made up; `add` adds one for each repeat."""
     store = Store(tmp_path / "runs.jsonl", {})
-    for deployment in {INSTANCE, *(each.deployment for each in KNOWN.values() if each.servers)}:
+    for deployment in {SERVED, *(each.deployment for each in KNOWN.values() if each.servers)}:
         store.add(Table(deployment, cost.load("cpu-smollm2")))
     store.add(Capacity("Mixed", 2.0))
     made = Bench(
@@ -164,7 +164,8 @@ def test_a_repeat_in_which_the_machine_stood_still_is_said(bench):
 
 def test_what_cannot_be_simulated_is_said(bench):
     """A request that no simulated server holds does not cost the whole report."""
-    bench.store.add(Table(KNOWN["vllm-2-least"].deployment, replace(cost.load("cpu-smollm2"), kv_tokens=100)))
+    deployment = KNOWN["vllm-2-least"].deployment
+    bench.store.tables[deployment] = [Table(deployment, replace(cost.load("cpu-smollm2"), kv_tokens=100))]
     add(bench, "vllm-2-least", 0.5, 0.05)
     found = report.findings(bench, wanted(("vllm-2-least",)))
     row = found["cells"][0]["arrangements"]["vllm-2-least"]

@@ -10,13 +10,14 @@ SETTINGS = {"model": "m", "requests": 2}
 RUN = Run("tetri-auto", "Mixed", "70%", "balanced", 1)
 RECORD = Record(RUN, 1.5, [Answer(0.1, 0.2, 0.3, 4, 5, 0.06, 1), Answer(1, 2, 3, 4, 5, error="cut")], 60, 0.1)
 COST = Cost(prefill=((1.0, 0.01), (512.0, 0.4)), decode=((1.0, 0.02),), kv_token_bytes=8)
+TABLES = [Table("tetri", COST, 0.004), Table("tetri", COST)]
 
 
 @pytest.fixture
 def filled(tmp_path):
     store = Store(tmp_path / "runs.jsonl", SETTINGS)
     store.read()
-    for row in (Capacity("Mixed", 2.5), Table("tetri", COST), RECORD):
+    for row in (Capacity("Mixed", 2.5), *TABLES, RECORD):
         store.add(row)
     return store
 
@@ -30,7 +31,7 @@ def again(store, settings=SETTINGS):
 def test_what_was_added_is_read_again(filled):
     found = again(filled)
     assert found.capacities == filled.capacities == {"Mixed": 2.5}
-    assert found.tables == filled.tables == {"tetri": COST}
+    assert found.tables == filled.tables == {"tetri": TABLES}
     assert found.records == filled.records == {RUN: RECORD}
     assert found.records[RUN].served == RECORD.answers[:1]
 
@@ -52,5 +53,5 @@ def test_other_settings_are_refused(filled):
 @pytest.mark.parametrize("line", ["nonsense", '{"type": "other"}', '{"type": "run"}'])
 def test_another_file_is_refused(filled, line):
     filled.path.write_text(f"{filled.path.read_text()}{line}\n")
-    with pytest.raises(BenchError, match=r"runs\.jsonl:5: not a line of a comparison"):
+    with pytest.raises(BenchError, match=r"runs\.jsonl:6: not a line of a comparison"):
         again(filled)

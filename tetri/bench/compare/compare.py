@@ -7,7 +7,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -20,7 +19,7 @@ from tetri.bench.compare.arrangements import Arrangement
 from tetri.bench.compare.awake import Awake
 from tetri.bench.compare.load import Answer, Load, Question, capacity, headers_of, question
 from tetri.bench.compare.plan import Run, Wanted, seconds_left, started_together
-from tetri.bench.compare.rival_cost import rival_cost
+from tetri.bench.compare.served_cost import mean, of_instance, of_server, seen
 from tetri.bench.compare.servers import model_name, serving, tetri_config
 from tetri.bench.compare.store import Capacity, Record, Store, Table
 from tetri.bench.compare.traffic import FIRST_ID, Workload
@@ -35,7 +34,7 @@ from tetri.sim.setup import UNBOUNDED
 from tetri.sim.sweep.cases import REGIMES
 
 IN_FLIGHT = 64  # requests, while the capacity is measured
-INSTANCE = "tetri"  # whose table it is
+INSTANCE, SERVED = "tetri's engine", "tetri"  # whose table it is
 PROFILE = (sys.executable, "-P", "-c", "from tetri.cli import main; main()", "profile", "--quick")
 GIVEN = "given"  # the name of limits that were given
 WARM_UP, WARM_PROMPT, WARM_OUTPUT = 8, 256, 8  # requests that each server is asked first, and their tokens
@@ -70,18 +69,29 @@ class Bench:
             return self.config
         return tetri_config(arrangement, self.conf, self.folder, self.settings)
 
-    def cost(self, arrangement: Arrangement) -> Cost | None:
-        """The cost table of one of its instances or servers; None if it is not known."""
-        return self.instance_cost() if arrangement.is_tetri else self.store.tables.get(arrangement.deployment)
+    def table(self, arrangement: Arrangement) -> Table | None:
+        """What steps take in it while it serves, the mean of what was measured; None if that is not known."""
+        if arrangement.is_tetri and self._table_given:
+            return Table(INSTANCE, self.instance_cost())
+        found = self.store.tables.get(_table_of(arrangement))
+        if not found:
+            return None
+        costs, delays = [each.cost for each in found], [each.delay_s for each in found]
+        return Table(found[0].deployment, mean(costs), fmean(delays))
 
     def instance_cost(self) -> Cost:
-        """The cost table of an instance of tetri, measured if it is not known. Raises BenchError."""
+        """The cost table of an engine of tetri alone, measured if it is not known: of it the limits are multiples.
+        Raises BenchError."""
         if INSTANCE not in self.store.tables:
             self.store.add(Table(INSTANCE, self._measured()))
-        return self.store.tables[INSTANCE]
+        return self.store.tables[INSTANCE][0].cost
+
+    @property
+    def _table_given(self) -> bool:
+        return self.config.engine.kind == "emulated" or bool(self.config.engine.table)
 
     def _measured(self) -> Cost:
-        if self.config.engine.kind == "emulated" or self.config.engine.table:
+        if self._table_given:
             return build.table(self.config) or Cost()
         # At the same time, as they will serve: instances on one socket share its memory and caches.
         workers = self.config.workers if self.config.workers[0].gpu < 0 else self.config.workers[:1]
@@ -99,27 +109,25 @@ class Bench:
         settings = [part for setting in self.settings for part in ("--set", setting)]
         return [*PROFILE, "--conf", str(self.conf), *settings, "--cpus", worker.cpus, "--out", str(table)]
 
-    def measure_rival(self, arrangement: Arrangement, urls: Sequence[str]) -> None:
-        """Measure the cost table of a server of this arrangement, unless it is known; all of them at the same time, as
-        those of instances. Raises BenchError."""
-        if arrangement.deployment in self.store.tables:
+    def measure(self, arrangement: Arrangement, urls: Sequence[str]) -> None:
+        """Measure what steps take in these servers, of an arrangement whose instances are all alike. Raises
+        BenchError."""
+        if arrangement.is_tetri and self._table_given:
             return
-        self.note(f"measuring the cost table of {arrangement.name}")
-        token_bytes = self.instance_cost().kv_token_bytes
-        memory_bytes = len(self.config.workers) // arrangement.servers * self.config.engine.kv_mib << 20
-        memory = memory_bytes // token_bytes if token_bytes else UNBOUNDED  # a table of the user may not name it
+        self.note(f"measuring the steps of {arrangement.name}")
+        own, rng = self.instance_cost(), Random(time.monotonic())
 
-        def measured(url: str) -> Cost:
-            rng = Random(f"{arrangement.deployment} {url}")
+        def draw(tokens: int) -> list[int]:
+            return rng.choices(range(FIRST_ID, self.vocabulary), k=tokens)
 
-            def draw(tokens: int) -> list[int]:
-                return rng.choices(range(FIRST_ID, self.vocabulary), k=tokens)
-
-            return rival_cost(url, model_name(self.config), draw, token_bytes, memory)
-
-        with ThreadPoolExecutor(len(urls)) as threads:
-            found = [*threads.map(measured, urls)]
-        self.store.add(Table(arrangement.deployment, found[0]))
+        workers = len(self.config.workers)
+        found = seen(urls, arrangement.servers or workers, model_name(self.config), draw)
+        if arrangement.is_tetri:
+            self.store.add(Table(_table_of(arrangement), *of_instance(found, own)))
+            return
+        memory_bytes = workers // arrangement.servers * self.config.engine.kv_mib << 20
+        memory = memory_bytes // own.kv_token_bytes if own.kv_token_bytes else UNBOUNDED  # a user's table may lack it
+        self.store.add(Table(_table_of(arrangement), of_server(found, own.kv_token_bytes, memory)))
 
     def slo(self, workload: str, regime: str) -> Slo:
         """The limits of a regime: multiples of what the p90 prompt and a decode step take alone on one instance."""
@@ -129,6 +137,11 @@ class Bench:
         prompt = self.workloads[workload].p90_prompt
         prefill_s = table.prompt_s(prompt, 0, self.config.engine.chunk_tokens)
         return Slo(ttft_s=ttft * prefill_s, tpot_s=tpot * table.decode_s(1, prompt))
+
+
+def _table_of(arrangement: Arrangement) -> str:
+    """Whose table it has: that of tetri's instances is the same in all roles."""
+    return SERVED if arrangement.is_tetri else arrangement.deployment
 
 
 def compare(bench: Bench, wanted: Wanted, capacity_of: str) -> None:
@@ -143,6 +156,7 @@ def compare(bench: Bench, wanted: Wanted, capacity_of: str) -> None:
     missing = [name for name in wanted.workloads if name not in bench.store.capacities] if with_share else []
     if missing:
         _measure_capacities(bench, bench.arrangements[capacity_of], missing)
+    _measure_instances(bench, wanted.arrangements)
     left = [run for run in wanted.runs() if run not in bench.store.records]
     groups = started_together(left, bench.arrangements)
     starts_s: list[float] = []
@@ -151,6 +165,16 @@ def compare(bench: Bench, wanted: Wanted, capacity_of: str) -> None:
         bench.note(f"start {number + 1} of {len(groups)}, {ceil(left_s / 60)} min left: {group[0].arrangement}")
         if (start_s := _run_group(bench, group)) is not None:
             starts_s.append(start_s)
+
+
+def _measure_instances(bench: Bench, wanted: Sequence[Arrangement]) -> None:
+    """Measure what steps take in instances of tetri, unless an arrangement that is wanted shows it in its turn."""
+    tetri = [each for each in wanted if each.is_tetri]
+    coupled = next((each for each in bench.arrangements.values() if each.is_tetri and each.coupled), None)
+    if tetri and coupled is not None and coupled not in tetri and bench.table(tetri[0]) is None:
+        with serving(coupled, bench.configured(coupled), bench.folder, bench.note) as urls:
+            _warm_up(bench, urls)
+            bench.measure(coupled, urls)
 
 
 def _expected_s(bench: Bench, run: Run) -> float:
@@ -190,8 +214,8 @@ def _run_group(bench: Bench, group: Sequence[Run]) -> float | None:
         with serving(arrangement, bench.configured(arrangement), bench.folder, bench.note) as urls:
             _warm_up(bench, urls)
             start_s = time.monotonic() - begun
-            if arrangement.servers:
-                bench.measure_rival(arrangement, urls)
+            if arrangement.coupled:
+                bench.measure(arrangement, urls)
             while left:
                 record = _undisturbed(bench, left[0], urls)
                 bench.store.add(record)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from tetri.bench.compare.arrangements import ROUND_ROBIN, Arrangement
 from tetri.bench.compare.load import Answer
+from tetri.bench.compare.store import Table
 from tetri.bench.simulated import setup_of
 from tetri.config import Config
 from tetri.cost import Cost
@@ -22,16 +23,19 @@ Times = tuple[float | None, float | None]  # TTFT and JCT, None: not served
 
 
 def predicted(
-    arrangement: Arrangement, config: Config, cost: Cost, answers: Sequence[Answer], slo: Slo
+    arrangement: Arrangement, config: Config, table: Table, answers: Sequence[Answer], slo: Slo
 ) -> list[Answer]:
     """The answers as the simulator times them, if the requests are sent when they were; one that it does not serve has
-    an error. `config` has the arrangement's
-    roles; `cost` is the table of an instance or server. Raises SimError and ValueError."""
+    an error. `config` has the arrangement's roles; `table` is that of an instance or server. Raises SimError and
+    ValueError."""
     sent = sorted(answers, key=lambda each: each.sent_s)
     arrivals = [Arrival(each.sent_s, each.prompt, each.output) for each in sent]
+    cost, delay_s = table.cost, table.delay_s
     times = _tetri(config, cost, arrivals, slo) if arrangement.is_tetri else _vllm(arrangement, config, cost, arrivals)
     return [
-        Answer(each.at_s, ttft_s or 0.0, jct_s or 0.0, each.prompt, each.output, error="" if jct_s else "not served")
+        Answer(each.at_s, ttft_s + delay_s, jct_s + delay_s, each.prompt, each.output)
+        if ttft_s is not None and jct_s is not None
+        else Answer(each.at_s, 0.0, 0.0, each.prompt, each.output, error="not served")
         for each, (ttft_s, jct_s) in zip(arrivals, times, strict=True)
     ]
 

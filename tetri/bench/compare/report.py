@@ -117,7 +117,7 @@ def _guessed(
     bench: Bench, arrangement: Arrangement, records: Sequence[Record], slo: Slo
 ) -> tuple[list[list[Answer]], str]:
     """The answers of each repeat as the simulator times them; else why there are none."""
-    config, table = bench.configured(arrangement), bench.cost(arrangement)
+    config, table = bench.configured(arrangement), bench.table(arrangement)
     if table is None:
         return [], ""
     try:

@@ -27,10 +27,12 @@ class Capacity(msgspec.Struct, tag="capacity"):
 
 
 class Table(msgspec.Struct, tag="cost"):
-    """The cost table of an instance of tetri, or of a server of another deployment."""
+    """A cost table: of an engine alone, or of a deployment's instances or servers as a client sees them. `delay_s`:
+    seconds of a request besides its steps."""
 
     deployment: str
     cost: Cost
+    delay_s: float = 0.0
 
 
 class Record(msgspec.Struct, tag="run"):
@@ -58,13 +60,13 @@ _decoder = msgspec.json.Decoder(Settings | Capacity | Table | Record)
 
 class Store:
     """The file. Another comparison with the same `settings` may add to it. `capacities`: requests per second by
-    workload; `tables`: cost tables by deployment."""
+    workload; `tables`: cost tables by deployment, all that were measured."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
         self.records: dict[Run, Record] = {}
         self.capacities: dict[str, float] = {}
-        self.tables: dict[str, Cost] = {}
+        self.tables: dict[str, list[Table]] = {}
         self._settings = settings
 
     def read(self) -> None:
@@ -94,7 +96,7 @@ class Store:
             case Capacity():
                 self.capacities[row.workload] = row.rate_s
             case Table():
-                self.tables[row.deployment] = row.cost
+                self.tables.setdefault(row.deployment, []).append(row)
             case Record():
                 self.records[row.run] = row
 
