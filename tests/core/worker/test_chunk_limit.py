@@ -79,10 +79,10 @@ def test_decodes_without_a_chunk_get_ahead_and_then_a_chunk_runs():
 
 
 def test_decodes_pay_for_chunks_what_they_may_catch_up_with():
-    """After an output of 20 tokens, 10 of them count: 14 s more."""
+    """After an output of 20 tokens, 40 more count: 56 s more."""
     assert asked(beside(), waits=3.0) == Step(1, 0)
     assert asked(beside(usual=True), waits=3.0) == Step(1, 63)
-    assert asked(beside(usual=True), waits=14.8) == Step(1, 32)
+    assert asked(beside(usual=True), waits=56.8) == Step(1, 32)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_decodes_pay_for_chunks_what_they_may_catch_up_with():
     ],
 )
 def test_for_each_prompt_that_presses_a_decode_may_miss_its_limit(ttft_s, tokens):
-    assert asked(beside(usual=True), ttft_s=ttft_s, waits=15.8) == Step(1, tokens)
+    assert asked(beside(usual=True), ttft_s=ttft_s, waits=57.8) == Step(1, tokens)
 
 
 @pytest.mark.parametrize("ttft_s, tokens", [(None, 32), (32.0, 32), (-9.0, 63)])
@@ -126,7 +126,7 @@ def test_only_as_many_decodes_as_prompts_press_may_miss_theirs():
     told = beside(usual=True)
     told.land("y", number=3, max_tokens=90, tpot_s=2.0)
     told.step()
-    told.now += 15.8
+    told.now += 57.8
     assert asked(told, ttft_s=-9.0).chunk < 63
 
 

@@ -16,7 +16,7 @@ LOOKED_AT = 32  # most queued prompts that are looked at
 PRESSING = 0.5  # a prompt presses when it has waited for this share of its limit of TTFT,
 PATIENT = 3.0  # or for so many times as long as it takes to compute it alone, if that is sooner
 AIMED = 0.95  # of a limit of TPOT: steps take a little longer than predicted
-EXPECTED = 0.5  # of the usual output: tokens in which a running request may catch up with its limit
+EXPECTED = 2.0  # times the usual output: tokens in which a request may catch up; what runs is mostly long
 GAINED = 0.3  # of its limit, at least, in each of these: the batch gets smaller when no prompts join it
 
 
