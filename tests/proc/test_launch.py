@@ -336,6 +336,19 @@ def test_a_signal_after_all_is_ready_is_not_lost(deployment):
     nothing_left(config.run_dir, config.cluster.name)
 
 
+def test_nor_is_one_just_before_the_return(deployment, monkeypatch):
+    config, start = deployment(), launch.start
+
+    def signalled(*given):
+        run_dir = start(*given)
+        signal.raise_signal(signal.SIGTERM)
+        return run_dir
+
+    monkeypatch.setattr(launch, "start", signalled)
+    interrupt(config, lambda text: None)
+    nothing_left(config.run_dir, config.cluster.name)
+
+
 def interrupt(config, say):
     with pytest.raises(KeyboardInterrupt):
         launch.up(config, say, 30)

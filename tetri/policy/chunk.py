@@ -42,8 +42,8 @@ def limit(step: MixedStep, cost: StepCost, most: int) -> int:
     good, the largest; one that ends a prompt may cost more."""
     if most <= 0:  # decodes take all tokens of the step
         return 0
-    share = 0.0 if step.pressed else step.batch**2 / (step.batch**2 + WAIT)
-    decode_s = share * cost.step_s((), step.batch, step.context)
+    share = step.batch**2 / (step.batch**2 + WAIT)
+    decode_s = 0.0 if step.pressed else share * cost.step_s((), step.batch, step.context)
     sizes = {**dict.fromkeys((*SIZES, most), ALIKE), **dict.fromkeys(step.ends, ENDING)}
     costs = list[tuple[int, float]]()
     for size in sorted(sizes):

@@ -49,7 +49,11 @@ def up(config: Config, report: Report, wait_s: float) -> Path:
     KeyboardInterrupt."""
     with noted_signals() as check:
         run_dir = start(config, report, wait_s, check)
-    check()  # a signal after the last look must not be lost
+    try:
+        check()  # a signal after the last look in `start` must not be lost
+    except KeyboardInterrupt:
+        down(run_dir, report)
+        raise
     return run_dir
 
 

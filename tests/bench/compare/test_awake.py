@@ -72,7 +72,7 @@ def test_a_process_that_may_not_be_real_time_says_so_and_ends():
 @pytest.mark.parametrize(
     ("setting", "real_time", "advice"),
     [("1\n", True, "sysctl kernel.sched_autogroup_enabled=0"), ("0\n", True, None), (None, True, None),
-     ("0\n", False, "for root only"), ("1\n", False, "sysctl")],
+     ("0\n", False, "only root may have them"), ("1\n", False, "sysctl")],
 )  # fmt: skip
 def test_what_would_help_is_said(tmp_path, setting, real_time, advice):
     if setting is not None:

@@ -11,15 +11,15 @@ from tetri import cost
 from tetri.bench.compare import compare as module
 from tetri.bench.compare.arrangements import Arrangement
 from tetri.bench.compare.awake import Awake
-from tetri.bench.compare.compare import GIVEN, IN_FLIGHT, INSTANCE, TRIES, WARM_UP, Bench, compare, rate_of
+from tetri.bench.compare.compare import GIVEN, IN_FLIGHT, INSTANCE, SERVED, TRIES, WARM_UP, Bench, compare, rate_of
 from tetri.bench.compare.plan import Run, Wanted
 from tetri.bench.compare.served_cost import PROMPTS, Seen
-from tetri.bench.compare.store import Capacity, Store, Table
+from tetri.bench.compare.store import Capacity, Record, Store, Table
 from tetri.bench.compare.traffic import Workload
 from tetri.bench.report import BenchError
 from tetri.config import load
 from tetri.cost import Cost
-from tetri.engine_request import Span
+from tetri.proc import build
 from tetri.request import Slo
 
 CONF = Path(__file__).parents[3] / "conf" / "emulated.toml"
@@ -222,7 +222,7 @@ def measuring(bench, monkeypatch):
     def seen(urls, instances, model, draw):
         asked.append((urls, instances, len({*draw(50)}) > 1))
         slower = len(asked)
-        prompts = {tokens: slower * OWN.chunk_s([Span("", 0, tokens)]) for tokens in PROMPTS}
+        prompts = {tokens: slower * OWN.prompt_s(tokens, 0, 512) for tokens in PROMPTS}
         return Seen(prompts, {batch: slower * seconds for batch, seconds in STEPS.items()}, 1.0)
 
     asked = []
@@ -260,22 +260,10 @@ def test_the_instances_of_tetri_are_alike_in_all_roles(measuring):
     assert found.cost.decode_s(1, 0) == 0.02 and found.cost.prompt_s(512, 0, 512) == pytest.approx(0.416)
 
 
-@pytest.mark.parametrize(
-    "names, measured",
-    [
-        (["tetri-auto"], ["tetri-mixed"]),
-        (["tetri-auto", "tetri-mixed"], []),  # measured when its turn comes
-        (["vllm"], []),
-    ],
-)
-def test_without_a_coupled_arrangement_of_tetri_one_is_started_to_measure_it(measuring, monkeypatch, names, measured):
-    made, asked = measuring
-    known = {
-        "tetri-auto": Arrangement("tetri-auto", "", ("auto",) * 2),
-        "tetri-mixed": Arrangement("tetri-mixed", "", ("mixed",) * 2),
-        "vllm": Arrangement("vllm", "", servers=1),
-    }
-    made = replace(made, arrangements=known)
+@pytest.fixture
+def played_out(monkeypatch):
+    """Nothing is started, and every run has a record at once. Returns the arrangements that were started, with the roles
+    of their workers."""
     started = []
 
     @contextmanager
@@ -285,18 +273,71 @@ def test_without_a_coupled_arrangement_of_tetri_one_is_started_to_measure_it(mea
 
     monkeypatch.setattr(module, "serving", serving)
     monkeypatch.setattr(module, "_warm_up", lambda bench, urls: None)
-    monkeypatch.setattr(module, "_run_group", lambda bench, group: None)
-    for _ in range(2):  # the second time the table is known
-        compare(made, Wanted([known[name] for name in names], ["LPLD"], ["5"], [GIVEN], 1), "")
-    assert started == [(name, ["mixed", "mixed"]) for name in measured] and len(asked) == len(measured)
+    monkeypatch.setattr(module, "_undisturbed", lambda bench, run, urls: Record(run, 5.0))
+    return started
+
+
+KINDS = {
+    "tetri-auto": Arrangement("tetri-auto", "", ("auto",) * 2),
+    "tetri-mixed": Arrangement("tetri-mixed", "", ("mixed",) * 2),
+    "vllm": Arrangement("vllm", "", servers=1),
+}
+
+
+def asked_for(*names):
+    return Wanted([KINDS[name] for name in names], ["LPLD"], ["5"], [GIVEN], 1)
+
+
+def test_after_its_runs_each_start_with_equal_instances_is_measured(measuring, played_out):
+    made, asked = measuring
+    compare(replace(made, arrangements=KINDS), asked_for("vllm", "tetri-auto", "tetri-mixed"), "")
+    assert [name for name, _ in played_out] == ["vllm", "tetri-auto", "tetri-mixed"]
+    assert [instances for _, instances, _ in asked] == [1, 2] and len(made.store.records) == 3
+    assert {*made.store.tables} == {INSTANCE, SERVED, KINDS["vllm"].deployment}
+
+
+def test_what_cannot_be_measured_costs_no_run(measuring, played_out, monkeypatch):
+    def broken(urls, instances, model, draw):
+        raise BenchError("u does not answer")
+
+    made, _ = measuring
+    monkeypatch.setattr(module, "seen", broken)
+    made = replace(made, arrangements=KINDS, note=(notes := []).append)
+    for name in ("vllm", "tetri-auto"):
+        compare(made, asked_for(name), "")
+    assert [record.error for record in made.store.records.values()] == ["", ""]
+    assert [note for note in notes if "answer" in note] == [
+        f"{name}: u does not answer" for name in ("vllm", "tetri-mixed")
+    ]
+
+
+@pytest.mark.parametrize(
+    "names, measured",
+    [
+        (["tetri-auto"], ["tetri-mixed"]),
+        (["tetri-auto", "tetri-mixed"], []),  # measured when its turn comes
+        (["vllm"], []),
+    ],
+)
+def test_without_a_coupled_arrangement_of_tetri_one_is_started_to_measure_it(measuring, played_out, names, measured):
+    made, asked = measuring
+    made = replace(made, arrangements=KINDS)
+    for _ in range(2):  # the second time there is nothing to do
+        compare(made, asked_for(*names), "")
+    others = [(name, ["mixed" if name == "vllm" else name.removeprefix("tetri-")] * 2) for name in names]
+    started = [*((name, ["mixed", "mixed"]) for name in measured), *others]
+    assert [name for name, _ in played_out] == [name for name, _ in started]
+    assert [each for each in played_out if each[0] != "vllm"] == [each for each in started if each[0] != "vllm"]
+    assert SERVED in made.store.tables or names == ["vllm"]
 
 
 def test_a_table_that_is_given_is_not_measured_again(bench, measuring):
     made, asked = measuring
+    made.store.tables.clear()
     made = replace(made, config=load(CONF, SETTINGS), conf=CONF, settings=SETTINGS)
     mixed = Arrangement("tetri-mixed", "", ("mixed",) * 4)
     made.measure(mixed, ["u"])
-    assert asked == [] and made.table(mixed) == Table(INSTANCE, OWN)
+    assert asked == [] and made.table(mixed) == Table(INSTANCE, build.table(made.config))
 
 
 def test_emulated_deployments(tmp_path):

@@ -2,7 +2,7 @@ import pytest
 
 from tetri.bench.compare import served_cost as module
 from tetri.bench.compare.load import Answer
-from tetri.bench.compare.served_cost import Seen, mean, of_instance, of_server, seen
+from tetri.bench.compare.served_cost import LEAST_SLOWER, Seen, mean, of_instance, of_server, seen
 from tetri.bench.report import BenchError
 from tetri.cost import Cost
 
@@ -78,7 +78,7 @@ def test_the_table_of_an_instance_has_the_chunks_of_its_engine():
     own = Cost(((1, 0.008), (512, 0.416)), ((1, 0.01), (8, 0.02)), 1e-6, 2e-6, 8, 1000, 256)
     alone = {tokens: own.prompt_s(tokens, 0, 512) for tokens in PROMPTS}
     prompts = {tokens: 0.01 + 1.25 * seconds for tokens, seconds in alone.items()}
-    served, delay_s = of_instance(Seen(prompts, STEPS, 0.034 + 8 * 992 * 1e-5), own)
+    served, delay_s = of_instance(Seen(prompts, STEPS, 0.034 + 8 * 992 * 1e-5), own, 512)
     assert delay_s == pytest.approx(0.01)
     assert served.prompt_s(700, 0, 256) == pytest.approx(1.25 * own.prompt_s(700, 0, 256))
     assert served.decode == tuple(STEPS.items()) and served.decode_context_s == pytest.approx(1e-5)
@@ -87,7 +87,22 @@ def test_the_table_of_an_instance_has_the_chunks_of_its_engine():
 
 def test_no_request_takes_less_than_its_steps():
     own = Cost(((1, 0.008), (512, 0.416)), ((1, 0.01),))
-    assert of_instance(Seen(PROMPTS | {32: 0.0}, STEPS, 0.04), own)[1] == 0.0
+    assert of_instance(Seen(PROMPTS | {32: 0.0}, STEPS, 0.04), own, 512)[1] == 0.0
+
+
+def test_longer_prompts_are_cut_into_the_chunks_of_the_instance():
+    own = Cost(((1, 0.1), (64, 0.1), (128, 0.12)), ((1, 0.01),))  # 128 tokens at once, or 64 twice
+    prompts = {tokens: 1.5 * own.prompt_s(tokens, 0, 64) for tokens in PROMPTS}
+    served, delay_s = of_instance(Seen(prompts, STEPS, 0.04), own, 64)
+    assert served.prompt_s(2048, 0, 64) == pytest.approx(prompts[2048]) and delay_s == pytest.approx(0.0)
+
+
+@pytest.mark.parametrize("curve, factor", [(((1, 0.1),), 1.0), (((1, 0.1), (512, 51.3)), LEAST_SLOWER)])
+def test_noise_makes_no_invalid_table(curve, factor):
+    """An engine that takes as long for any prompt, and prompts that take no longer than others."""
+    own = Cost(curve, ((1, 0.01),))
+    served, _ = of_instance(Seen(dict.fromkeys(PROMPTS, 0.2), STEPS, 0.04), own, 4096)
+    assert served.prefill[-1][1] == pytest.approx(factor * curve[-1][1])
 
 
 def test_the_mean_of_tables():

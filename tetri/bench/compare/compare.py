@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
@@ -34,7 +34,7 @@ from tetri.sim.setup import UNBOUNDED
 from tetri.sim.sweep.cases import REGIMES
 
 IN_FLIGHT = 64  # requests, while the capacity is measured
-INSTANCE, SERVED = "tetri's engine", "tetri"  # whose table it is
+INSTANCE, SERVED = "tetri", "tetri, served"  # whose table it is: of an engine alone, of instances that serve
 PROFILE = (sys.executable, "-P", "-c", "from tetri.cli import main; main()", "profile", "--quick")
 GIVEN = "given"  # the name of limits that were given
 WARM_UP, WARM_PROMPT, WARM_OUTPUT = 8, 256, 8  # requests that each server is asked first, and their tokens
@@ -115,7 +115,7 @@ class Bench:
         if arrangement.is_tetri and self._table_given:
             return
         self.note(f"measuring the steps of {arrangement.name}")
-        own, rng = self.instance_cost(), Random(time.monotonic())
+        own, rng = self.instance_cost(), Random(arrangement.deployment)
 
         def draw(tokens: int) -> list[int]:
             return rng.choices(range(FIRST_ID, self.vocabulary), k=tokens)
@@ -123,7 +123,7 @@ class Bench:
         workers = len(self.config.workers)
         found = seen(urls, arrangement.servers or workers, model_name(self.config), draw)
         if arrangement.is_tetri:
-            self.store.add(Table(_table_of(arrangement), *of_instance(found, own)))
+            self.store.add(Table(_table_of(arrangement), *of_instance(found, own, self.config.engine.chunk_tokens)))
             return
         memory_bytes = workers // arrangement.servers * self.config.engine.kv_mib << 20
         memory = memory_bytes // own.kv_token_bytes if own.kv_token_bytes else UNBOUNDED  # a user's table may lack it
@@ -156,8 +156,8 @@ def compare(bench: Bench, wanted: Wanted, capacity_of: str) -> None:
     missing = [name for name in wanted.workloads if name not in bench.store.capacities] if with_share else []
     if missing:
         _measure_capacities(bench, bench.arrangements[capacity_of], missing)
-    _measure_instances(bench, wanted.arrangements)
     left = [run for run in wanted.runs() if run not in bench.store.records]
+    _measure_instances(bench, {run.arrangement for run in left})
     groups = started_together(left, bench.arrangements)
     starts_s: list[float] = []
     for number, group in enumerate(groups):
@@ -167,14 +167,19 @@ def compare(bench: Bench, wanted: Wanted, capacity_of: str) -> None:
             starts_s.append(start_s)
 
 
-def _measure_instances(bench: Bench, wanted: Sequence[Arrangement]) -> None:
-    """Measure what steps take in instances of tetri, unless an arrangement that is wanted shows it in its turn."""
-    tetri = [each for each in wanted if each.is_tetri]
-    coupled = next((each for each in bench.arrangements.values() if each.is_tetri and each.coupled), None)
-    if tetri and coupled is not None and coupled not in tetri and bench.table(tetri[0]) is None:
-        with serving(coupled, bench.configured(coupled), bench.folder, bench.note) as urls:
-            _warm_up(bench, urls)
-            bench.measure(coupled, urls)
+def _measure_instances(bench: Bench, names: Set[str]) -> None:
+    """Measure what steps take in instances of tetri, unless one of these arrangements shows it in its turn."""
+    tetri = [each for each in bench.arrangements.values() if each.is_tetri]
+    coupled = next((each for each in tetri if each.coupled), None)
+    if coupled is None or coupled.name in names or names.isdisjoint(each.name for each in tetri):
+        return
+    if bench.table(coupled) is None:
+        try:
+            with serving(coupled, bench.configured(coupled), bench.folder, bench.note) as urls:
+                _warm_up(bench, urls)
+                bench.measure(coupled, urls)
+        except DISTURBED as error:  # only predictions need it
+            bench.note(f"{coupled.name}: {error}")
 
 
 def _expected_s(bench: Bench, run: Run) -> float:
@@ -214,13 +219,14 @@ def _run_group(bench: Bench, group: Sequence[Run]) -> float | None:
         with serving(arrangement, bench.configured(arrangement), bench.folder, bench.note) as urls:
             _warm_up(bench, urls)
             start_s = time.monotonic() - begun
-            if arrangement.coupled:
-                bench.measure(arrangement, urls)
             while left:
                 record = _undisturbed(bench, left[0], urls)
                 bench.store.add(record)
                 bench.note(_line(record))
                 left.pop(0)
+            if arrangement.coupled:  # after the runs: it would change what adaptive workers have learned
+                bench.measure(arrangement, urls)
+                start_s = time.monotonic() - begun - sum(bench.store.records[run].seconds for run in group)
     except DISTURBED as error:
         bench.note(f"{arrangement.name}: {error}")
         for run in left:

@@ -117,10 +117,10 @@ def _guessed(
     bench: Bench, arrangement: Arrangement, records: Sequence[Record], slo: Slo
 ) -> tuple[list[list[Answer]], str]:
     """The answers of each repeat as the simulator times them; else why there are none."""
-    config, table = bench.configured(arrangement), bench.table(arrangement)
-    if table is None:
-        return [], ""
+    config = bench.configured(arrangement)
     try:
+        if (table := bench.table(arrangement)) is None:
+            return [], ""
         return [predicted(arrangement, config, table, each.served, slo) for each in records if each.served], ""
     except ValueError as error:  # SimError, or what no simulated server can hold
         return [], str(error)

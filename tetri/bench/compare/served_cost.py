@@ -16,18 +16,18 @@ from tetri.bench.compare.arrangements import LEAST
 from tetri.bench.compare.load import Answer, Load, question
 from tetri.bench.report import BenchError
 from tetri.cost import Cost, Curve
-from tetri.engine_request import Span
 
 PROMPTS, CHUNK = (32, 128, 512, 2048), 512  # tokens
 BATCHES, STEPS, SHORT = (1, 4, 16, 32), 16, 32
 DEEP, DEEP_BATCH = 1024, 8  # tokens and requests of the decode steps with much context
 TIMES = 3  # a prompt of each size
+LEAST_SLOWER = 0.5  # of the engine's own time: less is an error of the measurement
 Draw = Callable[[int], list[int]]  # makes a prompt of so many tokens that the server has not had
 
 
 class Seen(NamedTuple):
-    """Seconds of prompts alone, by their tokens, and of decode steps, by their requests; `deep_s`: of a step of
-    DEEP_BATCH requests with DEEP tokens each. All instances were as busy."""
+    """Seconds of prompts alone, by their tokens, and of decode steps, by the requests of an instance; `deep_s`: of a step
+    of DEEP_BATCH requests with DEEP tokens each. All instances were about as busy."""
 
     prompts: dict[int, float]
     steps: dict[int, float]
@@ -92,13 +92,14 @@ def of_server(found: Seen, token_bytes: int, kv_tokens: int) -> Cost:
     )
 
 
-def of_instance(found: Seen, own: Cost) -> tuple[Cost, float]:
-    """The table of an instance of tetri, whose engine alone has the table `own`, and the seconds that a request takes
-    besides its steps. The chunks are those of `own`, as much slower as the prompts are."""
-    small, large = PROMPTS[1], CHUNK
-    whole_s = {tokens: own.chunk_s([Span("", 0, tokens)]) for tokens in PROMPTS}
-    slower = (found.prompts[large] - found.prompts[small]) / (whole_s[large] - whole_s[small])
-    delay_s = max(found.prompts[PROMPTS[0]] - slower * whole_s[PROMPTS[0]], 0.0)
+def of_instance(found: Seen, own: Cost, chunk_tokens: int) -> tuple[Cost, float]:
+    """The table of an instance of tetri, whose engine alone has the table `own` and chunks of `chunk_tokens`, and the
+    seconds that a request takes besides its steps. The chunks are those of `own`, as much slower as the prompts are."""
+    own_s = {tokens: own.prompt_s(tokens, 0, chunk_tokens) for tokens in PROMPTS}
+    shortest, small, large = PROMPTS[0], PROMPTS[1], PROMPTS[-1]
+    more_s, own_more_s = found.prompts[large] - found.prompts[small], own_s[large] - own_s[small]
+    slower = max(more_s / own_more_s, LEAST_SLOWER) if own_more_s > 0.0 else 1.0
+    delay_s = max(found.prompts[shortest] - slower * own_s[shortest], 0.0)
     served = replace(
         own,
         prefill=_rising({tokens: slower * seconds for tokens, seconds in own.prefill}),

@@ -60,7 +60,7 @@ _decoder = msgspec.json.Decoder(Settings | Capacity | Table | Record)
 
 class Store:
     """The file. Another comparison with the same `settings` may add to it. `capacities`: requests per second by
-    workload; `tables`: cost tables by deployment, all that were measured."""
+    workload; `tables`: all cost tables that were measured, by whose they are."""
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path = path
