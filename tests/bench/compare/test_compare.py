@@ -262,8 +262,8 @@ def test_the_instances_of_tetri_are_alike_in_all_roles(measuring):
 
 @pytest.fixture
 def played_out(monkeypatch):
-    """Nothing is started, and every run has a record at once. Returns the arrangements that were started, with the roles
-    of their workers."""
+    """Nothing is started, and every run has a record at once. Returns the arrangements that would have been, with the
+    roles of their workers."""
     started = []
 
     @contextmanager

@@ -70,7 +70,7 @@ class Awake:
         """What would keep this machine from standing still; None if nothing is known."""
         if autogroup.exists() and autogroup.read_text().strip() == "1":
             return "busy sessions may halt each other for seconds: as root, sysctl kernel.sched_autogroup_enabled=0"
-        return None if self.real_time else "no real-time processes (only root may have them): the machine may stand still"
+        return None if self.real_time else "no real-time processes (only root may have them): it may stand still"
 
     def _watch(self, cpu: int, started: threading.Barrier) -> None:
         os.sched_setaffinity(threading.get_native_id(), {cpu})

@@ -26,8 +26,8 @@ Draw = Callable[[int], list[int]]  # makes a prompt of so many tokens that the s
 
 
 class Seen(NamedTuple):
-    """Seconds of prompts alone, by their tokens, and of decode steps, by the requests of an instance; `deep_s`: of a step
-    of DEEP_BATCH requests with DEEP tokens each. All instances were about as busy."""
+    """Seconds of prompts alone, by their tokens, and of decode steps, by the requests of an instance; `deep_s`: of a
+    step of DEEP_BATCH requests with DEEP tokens each. All instances were about as busy."""
 
     prompts: dict[int, float]
     steps: dict[int, float]

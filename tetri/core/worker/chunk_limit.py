@@ -41,8 +41,8 @@ class ChunkLimit:
 
     def slack_s(self, step_s: float, now: float, skipped: int) -> float:
         """Return how long the next step may take so that the running requests keep their limits of TPOT, with what
-        they catch up with in EXPECTED times the usual output; infinite without limits. The `skipped` requests with the least
-        slack do not count, nor those that cannot keep their limits any more. `step_s`: a step without a chunk."""
+        they catch up with in EXPECTED times the usual output; infinite without limits. The `skipped` requests with the
+        least slack do not count, nor those that cannot keep their limits any more. `step_s`: a step without a chunk."""
         more, slacks = EXPECTED * self.batch.forecast.usual_output, list[float]()
         limit_s, tpot_s, gained_s = None, 0.0, 0.0
         for request in self.batch.running.values():
