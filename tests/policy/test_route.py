@@ -1,7 +1,7 @@
 """Which prefill instance a request goes to."""
 
 from collections import Counter
-from math import inf, nextafter
+from math import inf
 from random import Random
 
 import pytest
@@ -12,17 +12,14 @@ from tetri.policy.route import IN_TIME, adaptive, drawn, least_loaded, random, r
 from tetri.policy.views import PrefillPool
 
 
-def pool(*queued_s, last=-1):
-    return PrefillPool([f"p{number}" for number in range(len(queued_s))], list(queued_s), last=last)
+def pool(*queued_s, last=-1, ttft_s=0.0):
+    return fixed_and_adaptive(*[(each, 1.0, 0) for each in queued_s], last=last, ttft_s=ttft_s)
 
 
-def adaptives(*columns, ttft_s):
+def fixed_and_adaptive(*columns, last=-1, ttft_s):
     """Columns of (queued_s, share, requests)."""
     queued_s, share, requests = (list(column) for column in zip(*columns, strict=True))
-    groups = {}
-    for place, count in enumerate(requests):
-        groups.setdefault(count, {})[place] = None
-    return PrefillPool([f"a{place}" for place in range(len(columns))], queued_s, share, requests, groups, ttft_s)
+    return PrefillPool([f"a{place}" for place in range(len(columns))], queued_s, share, requests, ttft_s, last)
 
 
 def test_the_least_loaded_and_the_first_of_equals_and_nobody_among_none():
@@ -46,34 +43,32 @@ def test_round_robin_takes_the_one_after_the_last():
     assert [round_robin(1.0, pool(1.0, 2.0, 3.0, last=last), Random(1)) for last in (-1, 0, 2, 5)] == [0, 1, 0, 0]
 
 
-def test_among_fixed_roles_the_adaptive_route_takes_the_least_loaded():
+@pytest.mark.parametrize("ttft_s", [100.0, inf, 2.0, 0.0])
+def test_among_fixed_roles_the_adaptive_route_takes_the_least_loaded(ttft_s):
     assert adaptive(1.0, PrefillPool(), Random(1)) is None
-    busy = pool(3.0, 2.0, 2.0)
-    busy.ttft_s = 100.0
-    assert adaptive(1.0, busy, Random(1)) == 1
+    assert adaptive(1.0, pool(3.0, 2.0, 2.0, ttft_s=ttft_s), Random(1)) == 1
 
 
 @pytest.mark.parametrize(
     "ttft_s, columns, right",
     [
-        (8.0, [(1.0, 1.0, 5), (2.0, 1.0, 3)], 1),  # both are in time: where fewer requests are delayed
-        (8.0, [(1.0, 1.0, 5), (3.0, 1.0, 3)], 0),  # 4 s of 8 are too late
-        (8.0, [(1.0, 1.0, 5), (1.1, 0.5, 3)], 0),  # decodes leave it half of its time: 4.2 s
-        (8.0, [(1.0, 0.9, 3), (0.5, 0.9, 3), (0.0, 1.0, 4)], 1),  # as many requests: where it is computed first
-        (8.0, [(0.5, 0.9, 3), (0.5, 0.9, 3)], 0),
+        (8.0, [(1.0, 1.0, 5), (2.0, 1.0, 3)], 1),  # both are in time: it waits 1 s longer and holds up 2 s less
+        (8.0, [(0.0, 1.0, 4), (1.5, 1.0, 3)], 0),  # 1.5 s longer, 1 s less
+        (8.0, [(0.0, 1.0, 4), (1.0, 1.0, 3)], 0),  # equal: the first
+        (8.0, [(1.0, 1.0, 5), (3.0, 1.0, 1)], 0),  # 4 s of 8 are too late
+        (8.0, [(1.0, 1.0, 5), (1.1, 0.5, 1)], 0),  # decodes leave it half of its time: 4.2 s
         (3.0, [(1.0, 1.0, 5), (0.5, 1.0, 9), (0.8, 1.0, 0)], 2),  # none has it in half of the time, all do in time
         (3.0, [(1.0, 1.0, 5), (0.4, 1.0, 9), (3.0, 1.0, 0)], 1),  # in half of the time, so the others do not matter
         (1.5, [(1.0, 1.0, 5), (0.5, 1.0, 9), (0.8, 1.0, 0)], 1),  # none is in time: where it is computed first
         (2.0, [(1.0, 1.0, 9), (0.5, 0.5, 0)], 0),
         (0.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),  # it is late
-        (inf, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),  # it has no limit
-        (inf, [(1.0, 1.0, 3), (1.0, 1.0, 2), (1.0, 0.5, 1)], 1),  # on a tie the one with fewer requests
         (-5.0, [(1.0, 1.0, 0), (0.0, 1.0, 9)], 1),
-        (8.0, [(9.0, 1.0, 0), (9.0, 1.0, 2), (0.0, 1.0, 7), (0.0, 1.0, 9)], 2),  # of the next group that is in time
+        (inf, [(9.0, 1.0, 0), (0.0, 1.0, 8), (8.0, 1.0, 0)], 1),  # it has no limit, and no instance is too late
+        (inf, [(9.0, 1.0, 0), (0.0, 1.0, 9), (8.0, 1.0, 0)], 2),
     ],
 )
-def test_in_time_where_it_delays_the_fewest_requests_else_where_it_is_computed_first(ttft_s, columns, right):
-    assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == right
+def test_in_time_where_it_holds_up_the_fewest_else_where_it_is_computed_first(ttft_s, columns, right):
+    assert adaptive(1.0, fixed_and_adaptive(*columns, ttft_s=ttft_s), Random(1)) == right
 
 
 COLUMN = st.tuples(st.integers(0, 9).map(float), st.sampled_from([0.02, 0.5, 1.0]), st.integers(0, 3))
@@ -82,15 +77,11 @@ COLUMN = st.tuples(st.integers(0, 9).map(float), st.sampled_from([0.02, 0.5, 1.0
 @settings(deadline=None, derandomize=True)
 @given(st.lists(COLUMN, min_size=1, max_size=12), st.integers(-1, 40).map(float) | st.just(inf))
 def test_no_other_instance_suits_the_prompt_better(columns, ttft_s):
-    def seconds(place):
-        return (columns[place][0] + 1.0) / columns[place][1]
-
     def rank(place):
-        limits = [share * ttft_s for share in IN_TIME] if ttft_s < inf else [inf, nextafter(soonest, inf)]
-        late = sum(seconds(place) >= limit for limit in limits)
-        return late, columns[place][2] if late < len(IN_TIME) else 0, seconds(place), place
-
-    soonest = min(map(seconds, range(len(columns))))
+        queued_s, share, requests = columns[place]
+        seconds = (queued_s + 1.0) / share
+        late = sum(seconds >= share * ttft_s for share in IN_TIME)
+        return late, seconds + requests if late < len(IN_TIME) else seconds, place
 
     ranks = {place: rank(place) for place in range(len(columns))}
-    assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == min(ranks, key=ranks.__getitem__)
+    assert adaptive(1.0, fixed_and_adaptive(*columns, ttft_s=ttft_s), Random(1)) == min(ranks, key=ranks.__getitem__)

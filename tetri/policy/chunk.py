@@ -13,7 +13,7 @@ from tetri.policy.views import MixedStep, Progress
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096, 6144, 8192)
 ALIKE = 1.1  # costs of a token up to this ratio count as equal: less is within the error of a cost table
 FLOOR = 0.5  # of what a token costs in a whole chunk alone: less counts as this, as where a small chunk adds nothing
-WAIT = 2.0  # divided by the number of decodes: how much a prompt's wait counts, that of a decode being 1
+WAIT = 4.0  # divided by the number of decodes: how much a prompt's wait counts, that of a decode being 1
 ENDING = 1.25  # as ALIKE, for a chunk that ends a prompt: its last tokens would take another step
 
 

@@ -7,7 +7,7 @@ prefill. Policies are stateless: the pool's owner maintains `pool.last`.
 
 from __future__ import annotations
 
-from math import inf, nextafter
+from math import inf
 from random import Random
 
 from tetri.policy.views import PrefillPool
@@ -23,22 +23,24 @@ def least_loaded(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
 
 
 def adaptive(work_s: float, pool: PrefillPool, rng: Random) -> int | None:
-    """Of the instances that are expected to compute the prompt in half of the time that is left, the one with the
-    fewest requests, of these the one that computes it first; else of those in all of that time; if none is in time,
-    the one that computes it first; without a limit, of those that do the one with the fewest requests. An instance
-    is expected to compute all work assigned to it in the share of its time that its decodes leave. Instances in
-    fixed roles, and those that keep to prefill, count as having no requests: there a prompt delays no decode. Among
-    fixed roles this is `least_loaded`. Not in the paper."""
-    if not pool.groups:
-        return least_loaded(work_s, pool, rng)
+    """Of the instances that are expected to compute the prompt in half of the time that is left, the one where it
+    holds up the fewest for the least time: it waits until it is computed, and each request there for the work on it.
+    Else of those in all of that time; if none is in time, the one that computes it first. An instance is expected to
+    compute all work assigned to it in the share of its time that its decodes leave. Instances in fixed roles, and
+    those that keep to prefill, count as having no requests: there a prompt delays no decode. Among fixed roles this is
+    `least_loaded`. Not in the paper."""
+    if not pool.iids:
+        return None
     seconds = [(queued + work_s) / share for queued, share in zip(pool.queued_s, pool.share, strict=True)]
     first = min(seconds)
-    limits = [share * pool.ttft_s for share in IN_TIME] if pool.ttft_s < inf else [nextafter(first, inf)]
-    for in_time in limits:
-        for requests in sorted(pool.groups) if first < in_time else ():
-            column = min(pool.groups[requests], key=seconds.__getitem__)
-            if seconds[column] < in_time:
-                return column
+    for share in IN_TIME:
+        in_time = share * pool.ttft_s
+        if first < in_time:
+            held_up = [
+                each + work_s * requests if each < in_time else inf
+                for each, requests in zip(seconds, pool.requests, strict=True)
+            ]
+            return held_up.index(min(held_up))
     return seconds.index(first)
 
 

@@ -16,16 +16,14 @@ from tetri.request import Value
 class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
     prefill work that is assigned to it and not done. `share`: the share of its time that prefill gets there while its
-    decodes keep their limits of TPOT. `requests`: the open requests of an adaptive instance that decodes, and 1; 0 for
-    any other. `groups`: the columns by `requests`; empty if no instance is adaptive. `ttft_s`: seconds that are left
-    until the first token of the request is late, infinite without a limit. `last`: the column chosen last, -1
-    before the first choice; the pool's owner maintains it for `round_robin`."""
+    decodes keep their limits of TPOT. `requests`: the open requests of an adaptive instance that decodes, and 1; 0
+    for any other. `ttft_s`: seconds that are left until the first token of the request is late, infinite without a limit.
+    `last`: the column chosen last, -1 before the first choice; the pool's owner maintains it for `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)
     share: list[float] = field(default_factory=list)
     requests: list[int] = field(default_factory=list)
-    groups: dict[int, dict[int, None]] = field(default_factory=dict)
     ttft_s: float = 0.0
     last: int = -1
 

@@ -146,44 +146,35 @@ def test_a_view_tells_how_much_time_the_decodes_of_adaptive_instances_leave():
     assert before.share == [1.0, 0.7, 1.0, 1.0]
 
 
-def test_adaptive_instances_are_grouped_by_their_open_requests():
+def test_adaptive_instances_count_their_open_requests():
     made = members(("a0", "auto"), ("a1", "auto"), ("a2", "auto"), ("m0", "mixed"))
     work = Work(a0=3, a1=3, a2=1, m0=9)
     pool = made.pool(1, work)
-    assert pool.requests == [4, 4, 2, 0] and pool.groups == {4: {0: None, 1: None}, 2: {2: None}, 0: {3: None}}
+    assert pool.requests == [4, 4, 2, 0]
     work.requests["a1"] = 1
     with pytest.raises(Broken, match=r"a1: \(0.0, 4\) listed, \(0.0, 2\) counted"):
         made.check(work)
     made.recount("a1")
-    assert made.pool(1, work) is pool and pool.groups == {4: {0: None}, 2: {2: None, 1: None}, 0: {3: None}}
+    assert made.pool(1, work) is pool and pool.requests == [4, 2, 2, 0]
     made.viewed(autos(1, a0=busy(), a1=busy(), a2=busy()).changed(keeps={"a0": "prefill"}))
     made.check(work)
     made.pool(1, work)  # what it decodes yet does not count
-    assert pool.requests == [0, 2, 2, 0] and pool.groups == {2: {2: None, 1: None}, 0: {3: None, 0: None}}
+    assert pool.requests == [0, 2, 2, 0]
     made.viewed(autos(2, a0=busy(), a1=busy(), a2=busy()))
     assert made.pool(1, work).requests == [4, 2, 2, 0]
     made.check(work)
 
 
-def test_instances_are_grouped_in_the_same_order_in_every_process():
-    """The names are hashed differently in each: no order may come from a set of them."""
-    names = [f"a{number}" for number in range(40)]
-    made, work = members(*[(iid, "auto") for iid in names]), Work()
-    pool = made.pool(1, work)
-    made.viewed(autos(1, **{iid: busy() for iid in names}).changed(keeps=dict.fromkeys(names[::-1], "prefill")))
-    assert made.pool(1, work) is pool and [*pool.groups[0]] == [*range(40)][::-1]
-
-
-def test_who_joins_between_two_views_is_counted_and_fixed_roles_need_no_groups():
+def test_who_joins_between_two_views_is_counted_and_fixed_roles_count_no_requests():
     made = members(("a0", "auto"))
     made.viewed(autos(1, a0=busy(share=0.5)))
     made.ready(ready("a1", "auto"), 0.0)
     made.connected("a1")
     pool = made.pool(1, Work(a0=2))
-    assert (pool.iids, pool.share, pool.groups) == (["a0", "a1"], [0.5, 1.0], {3: {0: None}, 1: {1: None}})
+    assert (pool.iids, pool.share, pool.requests) == (["a0", "a1"], [0.5, 1.0], [3, 1])
     made = members(("m0", "mixed"), ("m1", "mixed"))
     made.viewed(autos(1, m0=busy(share=0.5)))
-    assert (made.pool(1, Work(m0=2)).share, made.pool(1, Work(m0=2)).groups) == ([1.0, 1.0], {})
+    assert (made.pool(1, Work(m0=2)).share, made.pool(1, Work(m0=2)).requests) == ([1.0, 1.0], [0, 0])
 
 
 def test_a_worker_that_harms_its_kv_on_purpose_is_named():

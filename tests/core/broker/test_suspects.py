@@ -159,19 +159,10 @@ def test_deaths_of_which_the_prefill_instance_alone_knows_count(goes_on):
 
 
 def test_the_pool_without_some_instances():
-    pool = PrefillPool(
-        ["p1", "p2", "p3"],
-        [1.0, 2.0, 3.0],
-        [1.0, 0.5, 0.7],
-        [4, 1, 4],
-        {1: {1: None}, 4: {0: None, 2: None}},
-        ttft_s=9.0,
-        last=2,
-    )
+    pool = PrefillPool(["p1", "p2", "p3"], [1.0, 2.0, 3.0], [1.0, 0.5, 0.7], [4, 1, 4], ttft_s=9.0, last=2)
     assert away_from([], pool) is pool and away_from(["p1", "p2", "p3"], pool) is pool
-    groups = {1: {0: None}, 4: {1: None}}
-    without_p1 = PrefillPool(["p2", "p3"], [2.0, 3.0], [0.5, 0.7], [1, 4], groups, ttft_s=9.0, last=1)
+    without_p1 = PrefillPool(["p2", "p3"], [2.0, 3.0], [0.5, 0.7], [1, 4], ttft_s=9.0, last=1)
     assert away_from(["p1", "d1"], pool) == without_p1
-    without_p2 = PrefillPool(["p1", "p3"], [1.0, 3.0], [1.0, 0.7], [4, 4], {4: {0: None, 1: None}}, ttft_s=9.0, last=1)
+    without_p2 = PrefillPool(["p1", "p3"], [1.0, 3.0], [1.0, 0.7], [4, 4], ttft_s=9.0, last=1)
     assert away_from(["p2"], pool) == without_p2
     assert away_from(["p3"], pool).last == -1

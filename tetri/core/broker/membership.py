@@ -87,7 +87,7 @@ class Members:
         self._limits: list[int] = []  # ascending; pool i holds the instances that take prompts of limit i tokens
         self._pools: list[PrefillPool] = []
         self._columns: list[dict[str, int]] = []  # of each pool: iid -> column
-        self._recounted: dict[str, None] = {}  # instances whose queues in the pools are out of date
+        self._recounted: set[str] = set()  # instances whose queues in the pools are out of date
         self._shares: dict[str, float] = {}  # as of the newest view
         self._keeping: dict[str, str] = {}
         self._decoders: list[Capacity] = []  # of the live ones
@@ -228,7 +228,7 @@ class Members:
 
     def recount(self, iid: str) -> None:
         """What is assigned to an instance, or its slowness, has changed."""
-        self._recounted[iid] = None
+        self._recounted.add(iid)
 
     def _count(self, assigned: Assigned) -> None:
         """Update what has changed: a request must not cost more, the more instances there are."""
@@ -236,9 +236,8 @@ class Members:
             for pool, columns in zip(self._pools, self._columns, strict=True):
                 if iid in columns:
                     pool.queued_s[columns[iid]] = self._queued_s(iid, assigned)
-                    if pool.groups:
-                        _regroup(pool, columns[iid], self._requests(iid, assigned))
-        self._recounted = {}
+                    pool.requests[columns[iid]] = self._requests(iid, assigned)
+        self._recounted.clear()
 
     def _queued_s(self, iid: str, assigned: Assigned) -> float:
         return 1e-9 * assigned.work_ns.get(iid, 0) * self.by_iid[iid].slowness
@@ -254,16 +253,14 @@ class Members:
             for column, iid in enumerate(pool.iids):
                 if iid not in self._recounted:
                     found = (pool.queued_s[column], pool.requests[column])
-                    right = (self._queued_s(iid, assigned), self._requests(iid, assigned) if pool.groups else 0)
-                    if found != right or (pool.groups and column not in pool.groups[found[1]]):
+                    right = (self._queued_s(iid, assigned), self._requests(iid, assigned))
+                    if found != right:
                         raise Broken(f"{iid}: {found} listed, {right} counted")
 
     def viewed(self, view: ClusterView) -> None:
         """Apply a new view: how much of its time prefill gets on each adaptive instance, and which keep to prefill."""
         shares = {each.iid: max(each.load.share, LEAST_SHARE) for each in view.loads if each.role == "auto"}
-        for iid in (*self._keeping, *view.keeps):  # a set would have another order in each process
-            if (iid in self._keeping) != (iid in view.keeps):
-                self.recount(iid)
+        self._recounted |= self._keeping.keys() ^ view.keeps.keys()
         self._keeping = view.keeps
         if shares != self._shares:
             self._shares = shares
@@ -340,15 +337,13 @@ class Members:
         pools = ([iid for limit, iid in able if limit >= least] for least in self._limits)
         self._pools = [self._new_pool(iids) for iids in pools]
         self._columns = [{iid: column for column, iid in enumerate(pool.iids)} for pool in self._pools]
-        self._recounted = dict.fromkeys(self.by_iid)
+        self._recounted = set(self.by_iid)
         self._sorted = True
 
     def _new_pool(self, iids: list[str]) -> PrefillPool:
-        """A pool in which nothing is counted yet. Without an adaptive instance it has no groups."""
-        grouped = any(self.by_iid[iid].role == "auto" for iid in iids)
-        groups = {0: dict.fromkeys(range(len(iids)))} if grouped else {}
+        """A pool in which nothing is counted yet."""
         share = [self._shares.get(iid, 1.0) for iid in iids]
-        return PrefillPool(iids, [0.0] * len(iids), share, [0] * len(iids), groups)
+        return PrefillPool(iids, [0.0] * len(iids), share, [0] * len(iids))
 
     # ------------------------------------------------------------ status
 
@@ -381,16 +376,6 @@ class Members:
         if not self._sorted:
             self._sort()
         return NONE_FOUND if member.lost is not None else self._compatible[member.role].others(member.instance)
-
-
-def _regroup(pool: PrefillPool, column: int, requests: int) -> None:
-    """Move a column to the group of those with so many requests."""
-    group = pool.groups[pool.requests[column]]
-    del group[column]
-    if not group:
-        del pool.groups[pool.requests[column]]
-    pool.requests[column] = requests
-    pool.groups.setdefault(requests, {})[column] = None
 
 
 def _unlinked(member: Member) -> str:

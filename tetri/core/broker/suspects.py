@@ -69,15 +69,11 @@ def away_from(iids: list[str], pool: PrefillPool) -> PrefillPool:
     if not columns:
         return pool
     new = {column: place for place, column in enumerate(columns)}
-    groups: dict[int, dict[int, None]] = {}
-    for column in columns if pool.groups else ():
-        groups.setdefault(pool.requests[column], {})[new[column]] = None
     return PrefillPool(
         iids=[pool.iids[column] for column in columns],
         queued_s=[pool.queued_s[column] for column in columns],
         share=[pool.share[column] for column in columns],
         requests=[pool.requests[column] for column in columns],
-        groups=groups,
         ttft_s=pool.ttft_s,
         last=new.get(pool.last, -1),
     )
