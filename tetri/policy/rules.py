@@ -109,7 +109,7 @@ class Rules:
 
     prefill_route: str = "adaptive"
     decode_route: str = "adaptive"
-    order: str = "fcfs"
+    order: str = "ageing"
     chunk: str = "pack"
     admit: str = "greedy"
     length: str = "none"

@@ -70,6 +70,36 @@ def test_without_windows_whoever_comes_with_a_lower_rank_goes_first_until_the_ot
     assert line.first() == "shorter"
 
 
+def test_who_has_a_lower_rank_than_what_is_left_of_all_started_ones_overtakes_them():
+    line = Line("ageing", stretch=10.0)
+
+    def overtaking():
+        return "".join(line.queue.overtaking())
+
+    line.enter("a", 20)
+    line.enter("b", 5)
+    assert overtaking() == ""  # none has started
+    line.queue.start(line.requests["a"])
+    line.enter("c", 7)
+    assert overtaking() == "bc" and line.first() == "abc"
+    line.computed("a", 14)  # six are left
+    assert overtaking() == "b"
+    line.queue.start(line.requests["b"])
+    line.enter("d", 5)
+    assert overtaking() == ""  # it came later
+    line.enter("e", 4)
+    assert overtaking() == "e"
+
+
+def test_with_windows_nobody_overtakes():
+    line = Line("sjf")
+    line.enter("a", 20)
+    line.first()
+    line.queue.start(line.requests["a"])
+    line.enter("b", 1)
+    assert list(line.queue.overtaking()) == []
+
+
 def test_work_is_counted_as_it_is_done():
     line = Line("fcfs")
     line.enter("a", 20)

@@ -7,6 +7,7 @@ from tests.core.driver import working
 from tests.core.reading import added, kinds, only, sent
 from tetri.core.actions import BROKER, AddRequest, Broken, Export, Free, RequestRejected
 from tetri.core.prefill.scheduler import MOST_FAILED
+from tetri.cost import Cost
 from tetri.engine_request import Sampled, Span, StepDone
 from tetri.policy.rules import Rules
 from tetri.request import Slo
@@ -18,6 +19,12 @@ from tetri.wire.messages import Failed, Staged, Tokens
 @pytest.fixture
 def told():
     return working("p1", "d1")
+
+
+def ageing(**changes):
+    """A worker that computes a hundred tokens a second, short prompts first."""
+    cost = Cost(prefill=((0.0, 0.0), (100.0, 1.0)))
+    return working("p1", "d1", rules=Rules(order="ageing"), cost=cost, capacity=capacity(**changes), slots=30)
 
 
 def test_a_chunk_holds_the_tail_of_one_prompt_and_the_heads_of_others():
@@ -42,6 +49,24 @@ def test_by_deadline_the_prompt_goes_first_that_is_late_first():
     for rid, (ttft_s, deadline_s) in limits.items():
         told.tell(assign(rid, prompt=8).changed(slo=Slo(ttft_s=ttft_s), deadline_s=deadline_s))
     assert [told.run()[0][0] for _ in "abcd"] == ["c", "b", "d", "a"]
+
+
+def test_short_prompts_overtake_a_started_one_if_there_is_memory():
+    told = ageing(blocks=8, max_batch=3)
+    told.tell(assign("a", prompt=20))
+    assert told.run() == [("a", 0, 8)]
+    told.tell(assign("b", prompt=3), assign("c", prompt=2), assign("d", prompt=2))
+    assert told.run() == [("c", 0, 2), ("d", 0, 2)]  # no chunk holds them and the started one: that would go first
+    told.tell(offer("x", prompt=12, src="d9"))
+    assert told.run() == [("a", 8, 16)]  # b lacks memory
+
+
+def test_prompts_are_listed_in_the_order_in_which_they_are_computed():
+    told = ageing(blocks=60)
+    told.tell(assign("a", prompt=20))
+    told.run()
+    told.tell(*[assign(rid, prompt=tokens) for rid, tokens in (("b", 15), ("c", 3), ("d", 2))])
+    assert [request.lead.rid for request in told.core.prefill.in_order()] == ["d", "c", "a", "b"]
 
 
 def test_no_more_legs_than_the_engine_takes_at_once(told):

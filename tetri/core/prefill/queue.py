@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice, takewhile
 
 from tetri.core.actions import Broken
@@ -22,8 +22,8 @@ class Queue:
     """Keys of the requests whose tokens are not all computed: `raw` in order of arrival, `line` in order of execution.
 
     With a windowed order, a window of `raw` moves to `line` when a chunk needs more prompts. Otherwise `line` holds
-    only the started requests and the rest is sorted by rank: a later request with a lower rank goes first. In any
-    order, `canaries` come last.
+    only the started requests and the rest is sorted by rank: a later request with a lower rank goes first, and may
+    overtake started ones. In any order, `canaries` come last.
 
     started   those of the requests in `line` whose engine request is in the engine, by key
     short     whether the first prompt waits for slots
@@ -74,6 +74,17 @@ class Queue:
             yield key
         yield from self.canaries
 
+    def overtaking(self) -> Iterator[str]:
+        """Yield the keys that go before all started requests, in order: their ranks are lower than those of what is
+        left of these. None with a windowed order."""
+        if self._ranked and self.started:
+            stretch = self.own.rules.stretch
+            least = min([self.order.rank(request.left, stretch) for request in self.started.values()])
+            for rank, key in self._ranked:
+                if rank > least:
+                    return
+                yield key
+
     def first_unstarted(self) -> str | None:
         """Return the first key in order of execution whose engine request is not in the engine; None without one."""
         if len(self.started) == len(self):
@@ -81,7 +92,7 @@ class Queue:
         return next((key for key in self.first(1) if key not in self.started), None)
 
     def start(self, request: PrefillRequest) -> None:
-        """Move a request to `line` when its engine request starts: no other request overtakes it from then on."""
+        """Move a request to `line` when its engine request starts."""
         if request.key not in self.line:
             self._unqueue(request)
             self.line[request.key] = None
@@ -169,11 +180,22 @@ def candidates(queue: Queue, requests: Requests, budget: int, free: int, most: i
         budget -= request.goal - request.done
     if len(queue.started) == len(queue):
         return prompts
-    for request in map(requests.__getitem__, queue.first(chunk_tokens)):
+    return prompts + _fitting(queue.first(chunk_tokens), requests, budget, free, most - len(prompts))
+
+
+def overtaking(queue: Queue, requests: Requests, budget: int, free: int, most: int) -> list[Progress]:
+    """Return the prompts of a chunk that overtakes the started ones, as `candidates`; none without memory."""
+    return _fitting(queue.overtaking(), requests, budget, free, most - len(queue.started))
+
+
+def _fitting(keys: Iterable[str], requests: Requests, budget: int, free: int, most: int) -> list[Progress]:
+    """The first prompts that are not started, as far as tokens, KV blocks and requests suffice."""
+    prompts: list[Progress] = []
+    for request in map(requests.__getitem__, keys):
         if request.running:
             continue
         free -= request.flow.blocks
-        if free < 0 or budget <= 0 or len(prompts) == most:
+        if free < 0 or budget <= 0 or len(prompts) >= most:
             break
         prompts.append(_progress(request))
         budget -= request.goal - request.done

@@ -196,6 +196,14 @@ class PrefillRequest:
         return self.choices[0].computed
 
     @property
+    def left(self) -> QueuedPrompt:
+        """What is left of the prompt."""
+        tokens = self.goal - self.done
+        queued = self.queued
+        work_s = queued.work_s * tokens / self.goal
+        return QueuedPrompt(queued.key, queued.arrival, tokens, queued.since, work_s, queued.due)
+
+    @property
     def lead(self) -> PrefillChoice:
         """The choice that stands for all in messages that name one: the first that goes on."""
         first = self.choices[0]

@@ -19,7 +19,7 @@ from tetri.core.length.estimator import LengthEstimator
 from tetri.core.prefill.dispatcher import Dispatcher
 from tetri.core.prefill.kv_send import KVSend
 from tetri.core.prefill.length_wait import LengthWait
-from tetri.core.prefill.queue import Queue, candidates, fill, groups, ran
+from tetri.core.prefill.queue import Queue, candidates, fill, groups, overtaking, ran
 from tetri.core.prefill.request import KVOutflow, PrefillChoice, PrefillRequest, choices_of, key_of
 from tetri.core.timers import Timers
 from tetri.cost import CorrectedCost
@@ -174,8 +174,11 @@ class PrefillScheduler:
         may use the reserve. One that stays here needs no slots, and goes on at once."""
         self.budget, most = budget, self.own.capacity.max_batch
         self._look_for_memory(free, now)
-        prompts = candidates(self.queue, self.requests, budget, free, most)
-        self._choose(prompts)
+        for chosen in (overtaking, candidates):
+            prompts = chosen(self.queue, self.requests, budget, free, most)
+            self._choose(prompts)
+            if self.expected:
+                break
         keys = [span.key for span in self.expected]
         if self.queue.short and not self.dispatcher.waiting():
             keys = [prompts[0].key]
@@ -200,9 +203,13 @@ class PrefillScheduler:
 
     def in_order(self) -> Iterator[PrefillRequest]:
         """Yield the queued requests in the order in which their prompts are computed, as far as it is known."""
+        overtaking = dict[str, None]()
+        for key in self.queue.overtaking():
+            overtaking[key] = None
+            yield self.requests[key]
         yield from self.queue.started.values()
         for key in self.queue.first(1):
-            if key not in self.queue.started:
+            if key not in self.queue.started and key not in overtaking:
                 yield self.requests[key]
 
     def _choose(self, prompts: list[Progress]) -> None:
