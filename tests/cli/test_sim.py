@@ -163,7 +163,7 @@ def test_the_help_explains_every_trace_and_fault(run):
         (["--system", "never"], "'never' is not one of 'tetri', 'coupled16', 'coupled'"),
         (["--system", "coupled", "--policy", "order=sjf"], "schedules as vLLM does: leave out --policy"),
         (["--system", "coupled", "--deadline", "3"], "leave out --deadline"),
-        (["--policy", "order=x"], 'policy.order: must be one of: fcfs, sjf, ljf, ageing, deadline, got "x"'),
+        (["--policy", "order=x"], 'policy.order: must be one of: adaptive, fcfs, sjf, ljf, ageing, deadline, got "x"'),
         (["--policy", "order"], "--policy 'order': write key=value"),
         (["--monitor", "flip=idle"], "--monitor flip: use --flip"),
         (["--context", "99999"], "context must be at most 38992, the KV tokens of an instance, got 99999"),

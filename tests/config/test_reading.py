@@ -41,7 +41,7 @@ BAD = [
     ("[transfer]\nfaults='drop=2'\n", "transfer.faults: drop must be from 0 to 1, got 2"),
     ("[model]\nname=3\n", "model.name: must be a text"),
     ("[model]\ndtype=1979-05-27\n", "model.dtype: must be a text"),
-    ("[policy]\norder='best'\n", "policy.order: must be one of: fcfs"),
+    ("[policy]\norder='best'\n", "policy.order: must be one of: adaptive, fcfs"),
     ("[broker]\nclients='tcp://127.0.0.1:0'\n", "broker.clients: must be"),
     ("[broker]\nclients='udp://127.0.0.1:1'\n", "broker.clients: must be"),
     ("[broker]\ncpus='zero'\n", "CPU numbers"),

@@ -13,10 +13,10 @@ from tetri.policy.views import PrefillPool
 
 
 def pool(*queued_s, last=-1, ttft_s=0.0):
-    return fixed_and_adaptive(*[(each, 1.0, 0) for each in queued_s], last=last, ttft_s=ttft_s)
+    return adaptives(*[(each, 1.0, 0) for each in queued_s], last=last, ttft_s=ttft_s)
 
 
-def fixed_and_adaptive(*columns, last=-1, ttft_s):
+def adaptives(*columns, last=-1, ttft_s):
     """Columns of (queued_s, share, requests)."""
     queued_s, share, requests = (list(column) for column in zip(*columns, strict=True))
     return PrefillPool([f"a{place}" for place in range(len(columns))], queued_s, share, requests, ttft_s, last)
@@ -68,7 +68,7 @@ def test_among_fixed_roles_the_adaptive_route_takes_the_least_loaded(ttft_s):
     ],
 )
 def test_in_time_where_it_holds_up_the_fewest_else_where_it_is_computed_first(ttft_s, columns, right):
-    assert adaptive(1.0, fixed_and_adaptive(*columns, ttft_s=ttft_s), Random(1)) == right
+    assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == right
 
 
 COLUMN = st.tuples(st.integers(0, 9).map(float), st.sampled_from([0.02, 0.5, 1.0]), st.integers(0, 3))
@@ -84,4 +84,4 @@ def test_no_other_instance_suits_the_prompt_better(columns, ttft_s):
         return late, seconds + requests if late < len(IN_TIME) else seconds, place
 
     ranks = {place: rank(place) for place in range(len(columns))}
-    assert adaptive(1.0, fixed_and_adaptive(*columns, ttft_s=ttft_s), Random(1)) == min(ranks, key=ranks.__getitem__)
+    assert adaptive(1.0, adaptives(*columns, ttft_s=ttft_s), Random(1)) == min(ranks, key=ranks.__getitem__)

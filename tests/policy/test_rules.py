@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tetri.policy.length import ENDS
-from tetri.policy.rules import ORDERS, TABLES, Rules
+from tetri.policy.rules import ORDERS, TABLES, Rules, order_of
 
 DOCS = (Path(__file__).parent.parent.parent / "docs" / "policies.md").read_text()
 ENDS_OF = {"dispatch_end", "admit_end"}
@@ -33,3 +33,9 @@ def test_every_default_is_in_its_table_and_every_entry_is_named_after_its_functi
 def test_every_policy_is_documented_and_so_is_the_default(setting):
     default = "none" if setting == "flip" else getattr(Rules(), setting)
     assert documented(f"`{setting}`") == {name: name == default for name in TABLES[setting]}
+
+
+def test_only_adaptive_instances_compute_short_prompts_first_unless_told_so():
+    assert order_of("adaptive", "auto") == ORDERS["adaptive"]
+    assert all(order_of("adaptive", role) == ORDERS["fcfs"] for role in ("prefill", "decode", "mixed"))
+    assert order_of("sjf", "auto") == order_of("sjf", "prefill") == ORDERS["sjf"]

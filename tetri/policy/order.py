@@ -52,6 +52,12 @@ def ageing(prompt: QueuedPrompt, stretch: float) -> Rank:
     return prompt.since + stretch * prompt.work_s, prompt.arrival
 
 
+def adaptive(prompt: QueuedPrompt, stretch: float) -> Rank:
+    """As `ageing`, on an adaptive instance. One in a fixed role uses `fcfs` instead (`rules.order_of`): it is measured
+    by high percentiles of TTFT, which `ageing` makes longer where prompts wait. Not in the paper."""
+    return ageing(prompt, stretch)
+
+
 def deadline(prompt: QueuedPrompt, stretch: float) -> Rank:
     """First the prompt whose limit of TTFT, or deadline, comes first. One with neither uses its `ageing` time instead:
     all are times of the same clock, so all prompts can be compared, and later limits cannot delay it. The paper stores

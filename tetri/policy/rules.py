@@ -52,6 +52,7 @@ DECODE_ROUTES: dict[str, DecodeRoute] = {
     "first_fit": dispatch.first_fit,
 }
 ORDERS: dict[str, Order] = {
+    "adaptive": Order(order.adaptive, windowed=False),  # but see order_of
     "fcfs": Order(order.fcfs, windowed=True),
     "sjf": Order(order.sjf, windowed=True),
     "ljf": Order(order.ljf, windowed=True),
@@ -109,7 +110,7 @@ class Rules:
 
     prefill_route: str = "adaptive"
     decode_route: str = "adaptive"
-    order: str = "ageing"
+    order: str = "adaptive"
     chunk: str = "pack"
     admit: str = "greedy"
     length: str = "none"
@@ -123,3 +124,8 @@ class Rules:
     length_cover: float = 0.0
     length_wait_s: float = 0.25
     stretch: float = 4.0
+
+
+def order_of(name: str, role: str) -> Order:
+    """The order of an instance that starts in this role."""
+    return ORDERS["fcfs" if name == "adaptive" and role != "auto" else name]

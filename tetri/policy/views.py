@@ -17,8 +17,9 @@ class PrefillPool:
     """The prefill instances as the broker sees them; column i is instance `iids[i]`. `queued_s`: predicted seconds of
     prefill work that is assigned to it and not done. `share`: the share of its time that prefill gets there while its
     decodes keep their limits of TPOT. `requests`: the open requests of an adaptive instance that decodes, and 1; 0
-    for any other. `ttft_s`: seconds that are left until the first token of the request is late, infinite without a limit.
-    `last`: the column chosen last, -1 before the first choice; the pool's owner maintains it for `round_robin`."""
+    for any other. `ttft_s`: seconds that are left until the first token of the request is late, infinite without a
+    limit. `last`: the column chosen last, -1 before the first choice; the pool's owner maintains it for
+    `round_robin`."""
 
     iids: list[str] = field(default_factory=list)
     queued_s: list[float] = field(default_factory=list)

@@ -12,7 +12,7 @@ from tetri.core.prefill.kv_send import Spare
 from tetri.core.prefill.request import PrefillRequest
 from tetri.engine_request import Span
 from tetri.policy.order import Rank
-from tetri.policy.rules import CHUNKS, ORDERS
+from tetri.policy.rules import CHUNKS, order_of
 from tetri.policy.views import Progress, QueuedPrompt
 
 Requests = Mapping[str, PrefillRequest]
@@ -33,7 +33,7 @@ class Queue:
 
     def __init__(self, own: Identity) -> None:
         self.own = own
-        self.order = ORDERS[own.rules.order]
+        self.order = order_of(own.rules.order, own.instance.role)
         self.raw: dict[str, QueuedPrompt] = {}
         self.line: dict[str, None] = {}
         self.canaries: dict[str, None] = {}
