@@ -28,7 +28,7 @@ SETUP = Setup(Cost(kv_token_bytes=1000), kv_tokens=16_000, chunk_tokens=512)
         ({"transfer": "never"}, "unknown transfer 'never'; known: chunk, request"),
         ({"flip": "x"}, "unknown flip 'x'; known: none"),
         ({"slots": 3}, "slots must be at least"),
-        ({"rules": Rules(order="x")}, "unknown order 'x'; known: fcfs"),
+        ({"rules": Rules(order="x")}, "unknown order 'x'; known: adaptive, fcfs"),
     ],
 )
 def test_a_wrong_setup_is_one_line(changes, says):
