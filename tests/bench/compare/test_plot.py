@@ -20,14 +20,14 @@ def cell(title="Mixed at 70%"):
 def found(goodput=()):
     cells = [
         {"workload": "Mixed", "regime": "balanced", "rate_s": rate, "arrangements": {
-            "tetri-auto": {"measured": {"attained": 1 / rate}}, "vllm": {"error": "it ended"},
+            "tetri-auto": {"measured": {"attained": 1 / rate, "TTFT mean": rate, "JCT mean": 9.0}}, "vllm": {"error": "it ended"},
         }}
         for rate in (1.0, 2.0)
     ]  # fmt: skip
     return {"cells": cells, "goodput": list(goodput)}
 
 
-def test_a_row_for_each_cell_and_one_for_the_rates(tmp_path):
+def test_a_row_for_each_cell_and_one_for_the_rates_of_each_regime(tmp_path):
     heights = []
     for number, (cells, made) in enumerate([([cell()], found()), ([cell()] * 2, found()), ([cell()], found([1]))]):
         draw(path := tmp_path / f"{number}.png", cells, made)

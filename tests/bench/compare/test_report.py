@@ -215,3 +215,10 @@ def test_the_times_that_are_drawn(bench):
     ((title, metrics),) = report.times(bench, wanted())
     assert title == "Mixed at 70%" and [*metrics] == ["TTFT", "TPOT", "JCT"]
     assert {name: len(values) for name, values in metrics["JCT"].items()} == dict.fromkeys(NAMES, 40)
+
+
+def test_of_several_rates_the_times_at_the_highest_are_drawn(bench):
+    for rate, ttft_s in (("50%", 0.5), ("90%", 2.0), ("70%", 0.9)):
+        add(bench, "tetri-auto", ttft_s, 0.05, rate=rate)
+    ((title, _),) = report.times(bench, wanted(("tetri-auto",), ("50%", "90%", "70%")))
+    assert title == "Mixed at 90%"

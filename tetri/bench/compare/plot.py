@@ -6,28 +6,30 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tetri.bench.compare.evidence import ATTAINED
+from tetri.bench.compare.evidence import ATTAINED, JCT, TTFT, Metric
 from tetri.bench.plots import save
 
 COLOURS = ("#2a6fbb", "#d9822b", "#7a4fa3", "#2e8b57", "#b03060", "#8c6d31", "#555555", "#20a5a5")
+BY_RATE = (ATTAINED, TTFT, JCT)
 Times = Mapping[str, Sequence[float]]  # values of all requests by arrangement, seconds
 
 
 def draw(path: Path, cells: Sequence[tuple[str, Mapping[str, Times]]], found: Mapping[str, Any]) -> None:
-    """Write a PNG: for each cell a row with the distributions of TTFT, TPOT and JCT; where several rates were measured,
-    the attainment by rate. `cells`: a title, and the times by metric."""
+    """Write a PNG: for each of `cells`, a title and the times by metric, a row with the distributions of TTFT, TPOT and
+    JCT; before them, where several rates were measured, a row of values by rate for each workload and regime."""
     from matplotlib.figure import Figure
 
-    curves = _curves(found) if found["goodput"] else []
-    rows = len(cells) + bool(curves)
+    curves = _curves(found) if found["goodput"] else {}
+    rows = len(curves) + len(cells)
     figure: Any = Figure(figsize=(15, 3.6 * rows), layout="constrained")
     axes = figure.subplots(rows, 3, squeeze=False)
-    for line, (title, metrics) in zip(axes, cells, strict=False):
-        for one, (metric, times) in zip(line, metrics.items(), strict=True):
-            _cdf(one, f"{title}: {metric}", times)
-    for one, (title, by_name) in zip(axes[-1], curves, strict=False):
-        _attainment(one, title, by_name)
-    axes[0][0].legend(loc="lower right", fontsize=8, frameon=False)
+    for line, (title, by_name) in zip(axes, curves.items(), strict=False):
+        for one, metric in zip(line, BY_RATE, strict=True):
+            _by_rate(one, metric, title, by_name)
+    for line, (title, metrics) in zip(axes[len(curves) :], cells, strict=True):
+        for one, (name, times) in zip(line, metrics.items(), strict=True):
+            _cdf(one, f"{title}: {name}", times)
+    axes[0][0].legend(loc="best", fontsize=8, frameon=False)
     save(figure, path)
 
 
@@ -50,21 +52,26 @@ def _cdf(axes: Any, title: str, times: Times) -> None:
     axes.grid(alpha=0.3)
 
 
-def _curves(found: Mapping[str, Any]) -> list[tuple[str, dict[str, list[tuple[float, float]]]]]:
-    made: dict[str, dict[str, list[tuple[float, float]]]] = {}
+def _curves(found: Mapping[str, Any]) -> dict[str, dict[str, list[tuple[float, dict[str, float]]]]]:
+    """The measured values at each rate, by workload and regime, and by arrangement."""
+    made: dict[str, dict[str, list[tuple[float, dict[str, float]]]]] = {}
     for cell in found["cells"]:
         panel = made.setdefault(f"{cell['workload']}, {cell['regime']}", {})
         for name, row in cell["arrangements"].items():
             points = panel.setdefault(name, [])
             if "measured" in row:
-                points.append((cell["rate_s"], row["measured"][ATTAINED.name]))
-    return [*made.items()]
+                points.append((cell["rate_s"], row["measured"]))
+    return made
 
 
-def _attainment(axes: Any, title: str, by_name: Mapping[str, Sequence[tuple[float, float]]]) -> None:
+def _by_rate(axes: Any, metric: Metric, title: str, by_name: Mapping[str, Sequence[tuple[float, Any]]]) -> None:
     for name, points in by_name.items():
         if points:
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name, color=colour([*by_name], name))
-    axes.axhline(0.9, color="black", linewidth=0.6, linestyle=":")
-    axes.set(xlabel="requests/s", ylabel="share that kept its limits", ylim=(0, 1.02), title=title)
+            line = sorted((rate, measured[metric.name]) for rate, measured in points)
+            axes.plot(*zip(*line, strict=True), marker="o", label=name, color=colour([*by_name], name))
+    axes.set(xlabel="requests/s", ylabel="seconds", title=f"{title}: {metric.name}")
+    axes.set_ylim(bottom=0)
+    if metric is ATTAINED:
+        axes.axhline(0.9, color="black", linewidth=0.6, linestyle=":")
+        axes.set(ylabel="share that kept its limits", ylim=(0, 1.02))
     axes.grid(alpha=0.3)

@@ -133,9 +133,12 @@ def _values(repeats: Sequence[Sequence[Answer]], slo: Slo) -> dict[str, float | 
 
 
 def times(bench: Bench, wanted: Wanted) -> list[tuple[str, dict[str, dict[str, list[float]]]]]:
-    """For each cell of the first regime a title, and the times of all requests by metric and arrangement."""
+    """For each workload, at its highest rate and in the first regime, a title, and the times of all requests by metric
+    and arrangement."""
     made = []
-    for cell in (Cell(*each) for each in _product(wanted.workloads, wanted.rates, wanted.regimes[:1])):
+    for workload in wanted.workloads:
+        rate = max(wanted.rates, key=lambda rate: rate_of(bench, workload, rate))
+        cell = Cell(workload, rate, wanted.regimes[0])
         served = {
             each.name: [answer for record in records for answer in record.served]
             for each in wanted.arrangements
