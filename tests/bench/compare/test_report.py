@@ -187,7 +187,15 @@ def test_the_accuracy_of_the_simulator(bench):
     add(bench, "tetri-mixed", 10.0, 0.05)
     made = report.findings(bench, wanted(("tetri-auto", "tetri-mixed")))["predictions"]["TTFT mean"]
     assert (made["limit"], made["within"], made["of"]) == (0.10, 1, 2)
-    assert made["worst"]["where"] == "tetri-mixed, Mixed at 70%" and made["worst"]["off"] < -0.9
+    assert made["worst"]["where"] == "tetri-mixed, Mixed at 70%, given" and made["worst"]["off"] < -0.9
+
+
+def test_the_accuracy_counts_every_regime(bench):
+    for regime in ("balanced", "tight-ttft"):
+        run = Run("tetri-auto", "Mixed", "70%", regime, 1)
+        bench.store.add(Record(run, 1.4, answers(0.5, 0.05), 60.0, 0.05, (0.01, 0.2, 0.3)))
+    both = Wanted([KNOWN["tetri-auto"]], ("Mixed",), ("70%",), ["balanced", "tight-ttft"], 1)
+    assert report.findings(bench, both)["predictions"]["JCT mean"]["of"] == 2
 
 
 def test_the_highest_rate_that_attains_90_percent(bench):

@@ -177,7 +177,9 @@ def _accuracy(cells: Sequence[Found]) -> Found:
     made = {}
     for name, limit in LIMITS.items():
         errors = {
-            f"{row_name}, {cell['workload']} at {cell['rate']}": row["predicted"][name] / row["measured"][name] - 1
+            f"{row_name}, {cell['workload']} at {cell['rate']}, {cell['regime']}": (
+                row["predicted"][name] / row["measured"][name] - 1
+            )
             for cell in cells
             for row_name, row in cell["arrangements"].items()
             if row.get("predicted", {}).get(name) and row["measured"][name]
